@@ -1,0 +1,1423 @@
+"""S1: from a folder of talking-head videos to training clips, and what training and dubbing both need of them.
+
+    stage        | code                                              | patent
+    media        | read_audio, read_frames, VideoWriter              | S11: 25 fps frames, 16 kHz mono sound
+    faces        | FaceTracker, follow_face, smooth_affines, crop    | S12: landmarks, upright affine, 256 x 256 crop
+    face box     | YoloFace, decode_yolo                             | S12: yolov8-face (with --face-detector)
+    references   | select_references, audio_window                   | Fig. 7, S2(3)
+    clips        | prepare, load_clip, list_clips                    | S11: clips of 5 s, one .npz each
+
+Letters: T frames of a clip, N samples or boxes, H W pixels, K points. Pictures are uint8 RGB, points float32 (x, y) pixels.
+`python data.py --data DIR` prepares a folder; `python data.py --demo DIR` draws one.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import re
+import subprocess
+import tempfile
+import time
+import wave as wave_file
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lipsync import FPS, MEL_PER_FRAME, N_MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, audio_window, cli, log_mel
+
+CROP_PX = 256
+CLIP_SECONDS = 5
+
+# ---- media (S11): whatever ffmpeg can read, at 25 fps and 16 kHz mono ------------------------------------------------------
+
+VIDEO_SUFFIXES = set(".3gp .asf .avi .dv .f4v .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split())
+PICTURE_SUFFIXES = set(".bmp .jpeg .jpg .png .tif .tiff .webp".split())
+# Containers that hold their own data. Playlists and scripts (hls, dash, concat, image2 ...) would make ffmpeg open other files.
+SAFE_FORMATS = ("aac,ac3,aiff,amr,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,"
+                "mpegts,mpegvideo,mxf,nut,ogg,rm,w64,wav,wv,bmp_pipe,jpeg_pipe,png_pipe,tiff_pipe,webp_pipe,ivf,m4v,mjpeg,obu,y4m,yuv4mpegpipe")
+
+
+def ffmpeg_exe():
+    import imageio_ffmpeg
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+@contextlib.contextmanager
+def ffmpeg_reader(path, *output_args, start=0.0):
+    """Starts ffmpeg on one local file; gives (its stdout, fail), where fail(default) is the BadInput that says what went wrong."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such file")
+    command = [ffmpeg_exe(), "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-format_whitelist", SAFE_FORMATS,
+               *(["-ss", str(start)] if start else []), "-i", f"file:{path}", *output_args, "pipe:1"]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL) as process:
+        def fail(default):
+            process.wait()
+            log.seek(0)
+            text = log.read().decode(errors="replace")
+            if "matches no streams" in text or "does not contain any stream" in text:
+                return BadInput(f"{path}: {default}")
+            if "whitelist" in text:
+                return BadInput(f"{path}: unreadable (a playlist, a script or a container we do not open)")
+            lines = [line for line in text.splitlines() if line.strip()]
+            return BadInput(f"{path}: unreadable ({lines[0].split('] ')[-1].strip()})" if lines else f"{path}: {default}")
+        try:
+            yield process.stdout, fail
+        finally:
+            process.kill()
+
+
+def read_audio(path):
+    """The sound of any media file -> float32 [N], 16 kHz mono, -1..1, on the video's clock (padded or cut at the start to time 0).
+
+    Raises BadInput: unreadable, "no sound track"."""
+    with ffmpeg_reader(path, "-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "s16le") as (pipe, fail):
+        samples = np.frombuffer(pipe.read(), np.int16)
+        if samples.size == 0:
+            raise fail("no sound track")
+    return samples.astype(np.float32) / 32768  # [N]
+
+
+def read_frames(path, fps=FPS, start=0.0):
+    """Frames of a video (or the one frame of a picture) at a constant rate -> iterator of uint8 RGB [H, W, 3].
+
+    Frame i shows time start + i / fps (seconds) on the clock of read_audio. Rotation flags and non-square pixels are undone. One frame in memory.
+    Raises BadInput: unreadable, "no picture"."""
+    if Path(path).suffix.lower() in PICTURE_SUFFIXES and os.path.isfile(path):
+        picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        if picture is None:
+            raise BadInput(f"{path}: unreadable picture")
+        yield picture[..., ::-1].copy()  # BGR -> RGB
+        return
+    filters = f"fps={fps}:start_time=0,scale=iw*sar:ih,setsar=1"
+    with ffmpeg_reader(path, "-an", "-sn", "-dn", "-vf", filters, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", start=start) as (pipe, fail):
+        count = 0
+        while pipe.readline() == b"P6\n":
+            width, height = map(int, pipe.readline().split())
+            pipe.readline()  # the maximum, 255
+            frame = np.empty((height, width, 3), np.uint8)
+            if pipe.readinto(frame.data.cast("B")) < frame.nbytes:
+                break
+            yield frame
+            count += 1
+        if count == 0:
+            raise fail("no picture")
+
+
+class VideoWriter:
+    """Streams frames and a finished sound to an H.264/AAC file; the file appears only when all went well.
+
+    with VideoWriter("out.mp4", audio) as writer: writer.write(rgb)   # uint8 [H, W, 3], all of one size; audio float32 [N] at 16 kHz
+    Raises BadInput when the file cannot be written (no folder, no permission, disk full, unknown suffix)."""
+
+    def __init__(self, path, audio=None, fps=FPS, crf=18, preset="veryfast"):
+        self.path, self.audio, self.fps, self.quality = Path(path), audio, fps, ["-crf", str(crf), "-preset", preset]
+        self.part = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix}")
+        self.process = None
+
+    def __enter__(self):
+        if not self.path.parent.is_dir():
+            raise BadInput(f"{self.path}: no such folder")
+        if self.path.is_dir():
+            raise BadInput(f"{self.path}: is a folder")
+        self.log, self.sound = tempfile.TemporaryFile(), None
+        return self
+
+    def start(self, height, width):
+        inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "pipe:0"]
+        if self.audio is not None:
+            self.sound = tempfile.NamedTemporaryFile(suffix=".wav")
+            with wave_file.open(self.sound, "wb") as out:
+                out.setparams((1, 2, SAMPLE_RATE, 0, "NONE", None))
+                out.writeframes(to_int16(self.audio).tobytes())
+            self.sound.flush()
+            inputs += ["-f", "wav", "-i", f"file:{self.sound.name}", "-c:a", "aac", "-b:a", "128k"]
+        video = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-c:v", "libx264", "-pix_fmt", "yuv420p", *self.quality,
+                 "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-movflags", "+faststart"]
+        command = [ffmpeg_exe(), "-v", "error", "-y", "-protocol_whitelist", "file,pipe", *inputs, *video, f"file:{self.part}"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log)
+
+    def write(self, rgb):
+        height, width = rgb.shape[:2]
+        rgb = cv2.copyMakeBorder(rgb, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)  # yuv420p wants even sides
+        if self.process is None:
+            self.start(*rgb.shape[:2])
+        try:
+            self.process.stdin.write(np.ascontiguousarray(rgb).data)
+        except BrokenPipeError:
+            raise self.failure() from None
+
+    def failure(self):
+        self.process.wait()
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").splitlines() or ["ffmpeg stopped"]
+        return BadInput(f"{self.path}: cannot be written ({lines[0].split('] ')[-1].strip()})")
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if self.process is None:
+                if kind is None:
+                    raise BadInput(f"{self.path}: no frame to write")
+                return
+            if kind is not None:
+                self.process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            if self.process.wait() != 0 and kind is None:
+                raise self.failure()
+            if kind is None:
+                os.replace(self.part, self.path)
+        finally:
+            self.part.unlink(missing_ok=True)
+            self.log.close()
+            if self.sound is not None:
+                self.sound.close()
+
+
+def to_int16(wave):
+    return (np.clip(wave, -1, 1) * 32767).round().astype(np.int16)
+
+
+# ---- faces (S12): landmarks, one person, a steady upright crop ---------------------------------------------------------------
+
+MESH_POINTS = 478
+# What speech does not move: outer and inner eye corners, nose bridge down to the tip; and where they lie in MediaPipe's canonical face (cm, y down).
+RIGID = [33, 133, 362, 263, 168, 6, 197, 195, 5, 4]
+RIGID_TEMPLATE = np.array([-4.446 - 2.664j, -1.856 - 2.585j, 1.856 - 2.585j, 4.446 - 2.664j, -3.271j, -2.473j, -1.728j, -1.059j, -0.366j, 0.463j])
+LIPS_OUTER = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185]
+LIPS_INNER = [78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 415, 310, 311, 312, 13, 82, 81, 80, 191]
+JAW = [234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 361, 323, 454]  # ear, chin (152), ear
+NOSE_TIP, CHIN, FOREHEAD = 4, 152, 10
+NOSE_ROW = 118  # of 256: the tip's row in the crop, so that the whole mouth lies in the lower half
+BOX_MARGIN = 1.1  # crop side / height of the face (hairline to chin): leaves room below the chin for an open jaw
+TRACK_PIXELS = 1280 * 720  # MediaPipe finds no more in larger pictures, it only takes longer
+
+
+class FaceTracker:
+    """MediaPipe FaceMesh, made once for many videos (a new object per clip leaks until the machine dies). with FaceTracker() as t: ...
+
+    FaceMesh's own detector misses faces below about a sixth of the picture, so where it finds none, MediaPipe's full-range detector
+    says where to look closer: a window around the largest face, kept as long as the face stays well inside. Once a second that
+    detector also counts: a lone face is left to a mesh for one, which is a third faster."""
+
+    def __enter__(self):
+        with quiet_stderr():
+            from mediapipe import solutions
+            self.one, self.many = (solutions.face_mesh.FaceMesh(static_image_mode=False, refine_landmarks=True, max_num_faces=n) for n in (1, 4))
+            self.detector = solutions.face_detection.FaceDetection(model_selection=1)
+            self.talks = True  # MediaPipe's C++ logs until it has seen its first face
+            self.forget()
+        return self
+
+    def __exit__(self, *_):
+        for graph in (self.one, self.many, self.detector):
+            graph.close()
+
+    def forget(self):
+        """Call between videos: a black picture makes the tracker let go of the faces it follows."""
+        self.window, self.count = None, 0  # window: (x0, y0, x1, y1) px, None: the whole picture; count: of frames
+        for mesh in (self.one, self.many) * 2:
+            mesh.process(np.zeros((128, 128, 3), np.uint8))
+
+    def find(self, rgb):
+        """uint8 RGB [H, W, 3] -> list of float32 [478, 2] in pixels, one per face (at most 4). Frames of a video come in order."""
+        with quiet_stderr() if self.talks else contextlib.nullcontext():
+            if self.count % FPS == 0:
+                self.mesh = self.one if len(self.detector.process(shrink(rgb)).detections or []) == 1 else self.many
+            self.count += 1
+            faces = self.look(rgb)
+            if not faces:
+                self.window = self.search(rgb)
+                faces = self.look(rgb) if self.window else []
+            elif self.window and not self.well_inside(max(faces, key=face_size), rgb):
+                self.window = None
+        self.talks = self.talks and not faces
+        return faces
+
+    def look(self, rgb):
+        x0, y0, x1, y1 = self.window or (0, 0, rgb.shape[1], rgb.shape[0])
+        faces = self.mesh.process(shrink(rgb[y0:y1, x0:x1])).multi_face_landmarks or []
+        return [np.array([(x0 + p.x * (x1 - x0), y0 + p.y * (y1 - y0)) for p in face.landmark], np.float32) for face in faces]
+
+    def search(self, rgb):
+        height, width = rgb.shape[:2]
+        found = self.detector.process(shrink(rgb)).detections or []
+        box = max((d.location_data.relative_bounding_box for d in found), key=lambda box: box.width * box.height, default=None)
+        if box is None:
+            return None
+        x, y, reach = (box.xmin + box.width / 2) * width, (box.ymin + box.height / 2) * height, 2 * box.height * height
+        x0, y0, x1, y1 = max(0, int(x - reach)), max(0, int(y - reach)), min(width, int(x + reach)), min(height, int(y + reach))
+        return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+    def well_inside(self, points, rgb):
+        """Is the face half its size away from the window's sides (those inside the picture)?"""
+        x0, y0, x1, y1 = self.window
+        room, low, high = face_size(points) / 2, points.min(0), points.max(0)
+        return all((low[i] - room > edge or edge == 0) and (high[i] + room < end or end == rgb.shape[1 - i]) for i, edge, end in ((0, x0, x1), (1, y0, y1)))
+
+
+def shrink(rgb):
+    """uint8 [H, W, 3] -> the same, contiguous and of at most TRACK_PIXELS."""
+    factor = (TRACK_PIXELS / (rgb.shape[0] * rgb.shape[1])) ** 0.5
+    return cv2.resize(rgb, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else np.ascontiguousarray(rgb)
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """MediaPipe's C++ logs go straight to file descriptor 2: away with them while it starts."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved), os.close(null)
+
+
+def follow_face(tracks, face=None):
+    """tracks: per frame a list of float32 [478, 2] (all faces) -> float32 [T, 478, 2] of one person, NaN rows where absent.
+
+    Faces are linked to the nearest centre of the frame before. Then the largest person present in most frames is taken
+    (or of those present longest), or with face=N the N-th from left to right."""
+    people = []  # each: (indices, landmarks)
+    for i, faces in enumerate(tracks):
+        for points in sorted(faces, key=face_size, reverse=True):
+            near = [p for p in people if p[0][-1] < i and np.linalg.norm(p[1][-1].mean(0) - points.mean(0)) < 0.6 * face_size(points)]
+            best = min(near, key=lambda p: np.linalg.norm(p[1][-1].mean(0) - points.mean(0)), default=None)
+            if best is None:
+                people.append(best := ([], []))
+            best[0].append(i), best[1].append(points)
+    landmarks = np.full((len(tracks), MESH_POINTS, 2), np.nan, np.float32)  # [T, 478, 2]
+    longest = max((len(p[0]) for p in people), default=0)
+    people = [p for p in people if len(p[0]) > min(len(tracks), longest) / 2]
+    if face is not None:
+        people = sorted(people, key=lambda p: np.mean([points[:, 0].mean() for points in p[1]]))
+        if not 0 <= face < len(people):
+            raise BadInput(f"face {face}: there are {len(people)} faces (counted from 0, left to right)")
+        people = [people[face]]
+    if people:
+        indices, points = max(people, key=lambda p: np.median([face_size(points) for points in p[1]]))
+        landmarks[indices] = points
+    return landmarks
+
+
+def face_size(points):
+    return float(np.ptp(points, axis=0).max())
+
+
+def fill_gaps(series):
+    """[T, ...] with NaN rows -> the same with them interpolated linearly over time (held at the ends). All NaN: ValueError."""
+    flat = series.reshape(len(series), -1).copy()
+    there = np.isfinite(flat).all(1)
+    if not there.any():
+        raise ValueError("no frame has a face")
+    at = np.arange(len(flat))
+    if not there.all():
+        for column in flat.T:
+            column[:] = np.interp(at, at[there], column[there])
+    return flat.reshape(series.shape)
+
+
+def smooth(series, sigma):
+    """Gaussian over time: [T, K] -> [T, K]; sigma in frames."""
+    radius = int(3 * sigma + 0.5)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    padded = np.pad(series, ((radius, radius), (0, 0)), mode="edge")
+    return np.stack([np.convolve(column, kernel / kernel.sum(), "valid") for column in padded.T], 1)
+
+
+def upright_motion(landmarks):
+    """landmarks [T, 478, 2], NaN rows allowed -> smoothed complex (centre [T] px, turn [T] = scale px/cm * e^(i angle)).
+
+    The least-squares similarity from the canonical face onto the RIGID points: it knows nothing of the mouth."""
+    points = fill_gaps(landmarks[:, RIGID].astype(np.float64)) @ [1, 1j]  # [T, 10] complex
+    centre, template = points.mean(1), RIGID_TEMPLATE - RIGID_TEMPLATE.mean()
+    turn = (points - centre[:, None]) @ template.conj() / np.sum(np.abs(template) ** 2)  # [T]
+    centre = smooth(np.stack([centre.real, centre.imag, np.unwrap(np.angle(turn))], 1), 1.5)  # [T, 3]
+    scale = np.exp(smooth(np.log(np.abs(turn))[:, None], 5.0)[:, 0])
+    return centre[:, 0] + 1j * centre[:, 1], scale * np.exp(1j * centre[:, 2])
+
+
+def upright(landmarks, centre, turn):
+    """Frame px -> upright face units (cm, origin amid the RIGID points): [T, K, 2] -> [T, K, 2]."""
+    points = (landmarks @ np.array([1, 1j]) - centre[:, None]) / turn[:, None]
+    return np.stack([points.real, points.imag], -1)
+
+
+def smooth_affines(landmarks, box=None):
+    """landmarks float32 [T, 478, 2] frame px, NaN rows allowed -> affines float32 [T, 2, 3]: frame px -> 256 x 256 crop px.
+
+    Turned upright, centred and scaled by the RIGID points alone, smoothed over time, so that the crop carries no trace of the
+    mouth. Its side is constant over the clip: BOX_MARGIN * the median face height; box = (x0, y0, x1, y1) in upright units
+    (YoloFace) takes the place of the landmarks' box."""
+    centre, turn = upright_motion(landmarks)
+    face = np.nanmedian(upright(landmarks, centre, turn), 0)  # [478, 2] the clip's median face, upright
+    x0, y0, x1, y1 = box if box is not None else (*face.min(0), *face.max(0))
+    unit = CROP_PX / (BOX_MARGIN * max(y1 - y0, 1.1 * (x1 - x0)))  # crop px per upright unit
+    left = CROP_PX / 2 - unit * (x0 + x1) / 2
+    top = NOSE_ROW - unit * face[NOSE_TIP, 1]
+    rotate = unit / turn  # [T] complex: crop = rotate * (frame - centre) + (left, top)
+    shift = left + 1j * top - rotate * centre
+    return np.stack([rotate.real, -rotate.imag, shift.real, rotate.imag, rotate.real, shift.imag], 1).reshape(-1, 2, 3).astype(np.float32)
+
+
+def warp(points, affine):
+    """points [..., 2] px, affine [2, 3] (or [..., 2, 3]) -> [..., 2] px."""
+    return points @ np.swapaxes(affine[..., :2], -1, -2) + affine[..., None, :, 2]
+
+
+def crop(frame, affine):
+    """uint8 [H, W, 3], affine [2, 3] frame px -> crop px -> uint8 [256, 256, 3]; when shrinking, sampled finer and averaged."""
+    shrink = 1 / np.hypot(affine[0, 0], affine[1, 0])
+    fine = int(np.clip(np.ceil(shrink - 0.1), 1, 4))
+    scaled = affine * fine + np.array([[0, 0, (fine - 1) / 2]])  # pixel centres sit at whole numbers
+    size = (CROP_PX * fine, CROP_PX * fine)
+    picture = cv2.warpAffine(frame, scaled, size, flags=cv2.INTER_LINEAR if fine > 1 else cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return picture if fine == 1 else cv2.resize(picture, (CROP_PX, CROP_PX), interpolation=cv2.INTER_AREA)
+
+
+def mouth_shape(landmarks):
+    """[..., 478, 2] crop px -> float32 [..., 3]: inner-lip gap (px), mouth width (px), outer lip height / width (rounding)."""
+    gap, width, height = (np.linalg.norm(landmarks[..., a, :] - landmarks[..., b, :], axis=-1) for a, b in ((13, 14), (61, 291), (0, 17)))
+    return np.stack([gap, width, height / np.maximum(width, 1e-6)], -1).astype(np.float32)
+
+
+def head_pose(landmarks):
+    """[..., 478, 2] -> float32 [..., 2]: where the nose tip lies between the eyes' outer corners, in eye distances: sideways
+    (0 = frontal, grows as the head turns) and downwards (shrinks as it looks up)."""
+    right, left, tip = (landmarks[..., index, :] @ np.array([1, 1j]) for index in (33, 263, NOSE_TIP))
+    place = (tip - (left + right) / 2) / (left - right)
+    return np.stack([place.real, place.imag], -1).astype(np.float32)
+
+
+# ---- references and audio windows (Fig. 7, S2(3)): one rule for training and inference ------------------------------------------
+
+
+def select_references(shapes, poses, count, pose=None, exclude=None, rng=None):
+    """Which frames of a clip serve as references: alike in head pose, spread over mouth shapes from closed to widest.
+
+    shapes [T, 3] (mouth_shape), poses [T, 2] (head_pose) -> int64 [count] frame numbers, closed first. pose [2]: whose pose to be
+    near (default: the median). exclude=(lo, hi): never a frame lo <= i < hi, unless there is no other. rng (numpy Generator):
+    training, the same rule on a random half of the frames with shifted quantiles; None: inference, always the same frames."""
+    allowed = np.arange(len(shapes))
+    if exclude is not None and (exclude[0] > 0 or exclude[1] < len(shapes)):
+        allowed = allowed[(allowed < exclude[0]) | (allowed >= exclude[1])]
+    if rng is not None:
+        allowed = rng.permutation(allowed)[: max(4 * count, len(allowed) // 2)]
+    distance = np.linalg.norm(poses[allowed] - (np.median(poses, 0) if pose is None else pose), axis=-1)
+    pool = allowed[np.argsort(distance, kind="stable")[: max(4 * count, len(allowed) // 2)]]
+    pool = pool[np.argsort(shapes[pool, 0], kind="stable")]  # closed .. widest
+    quantiles = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
+    if rng is not None:
+        quantiles = np.sort(np.clip(quantiles + rng.uniform(-0.5, 0.5, count) / count, 0, 1))
+    return pool[np.round(quantiles * (len(pool) - 1)).astype(np.int64)].astype(np.int64)  # [count]
+
+
+# ---- face box (S12): yolov8-face through cv2.dnn, only with --face-detector -----------------------------------------------------
+
+
+def decode_yolo(output, scale=1.0, pad=(0.0, 0.0), conf=0.5, iou=0.45):
+    """yolov8-face output float32 [1, 20, A]: per anchor centre x, y, width, height, score, 5 x (x, y, visibility).
+
+    -> boxes [N, 4] (x0, y0, x1, y1), scores [N], keypoints [N, 5, 3], best first, in pixels of the picture before the letterbox
+    (which multiplied it by scale and then added pad = (left, top)). Overlaps above iou are suppressed."""
+    rows = np.asarray(output, np.float32)[0].T  # [A, 20]
+    rows = rows[rows[:, 4] > conf]  # [N, 20]
+    corner = rows[:, :2] - rows[:, 2:4] / 2
+    kept = cv2.dnn.NMSBoxes(np.hstack([corner, rows[:, 2:4]]).tolist(), rows[:, 4].tolist(), conf, iou)
+    kept = np.array(kept, np.int64).reshape(-1)  # cv2 gives an empty tuple for none; sorted by score
+    rows, corner = rows[kept], corner[kept]
+    boxes = (np.hstack([corner, corner + rows[:, 2:4]]) - np.tile(pad, 2)) / scale
+    keypoints = rows[:, 5:].reshape(-1, 5, 3)
+    keypoints[..., :2] = (keypoints[..., :2] - pad) / scale
+    return boxes.astype(np.float32), rows[:, 4], keypoints
+
+
+class YoloFace:
+    """yolov8n-face.onnx (derronqi/yolov8-face) -> face boxes. find(rgb uint8 [H, W, 3]) -> boxes, scores, keypoints of decode_yolo."""
+
+    def __init__(self, onnx, side=640):
+        if not os.path.isfile(onnx):
+            raise BadInput(f"{onnx}: no such file")
+        try:
+            self.net, self.side = cv2.dnn.readNetFromONNX(str(onnx)), side
+        except cv2.error as error:
+            raise BadInput(f"{onnx}: not an ONNX network that OpenCV can read ({error.err})") from None
+
+    def find(self, rgb):
+        height, width = rgb.shape[:2]
+        scale = self.side / max(height, width)
+        pad = (int(self.side - width * scale) // 2, int(self.side - height * scale) // 2)
+        canvas = np.full((self.side, self.side, 3), 114, np.uint8)
+        small = cv2.resize(rgb, (round(width * scale), round(height * scale)))
+        canvas[pad[1] : pad[1] + small.shape[0], pad[0] : pad[0] + small.shape[1]] = small
+        self.net.setInput(cv2.dnn.blobFromImage(canvas, 1 / 255.0))  # [1, 3, 640, 640], RGB
+        return decode_yolo(self.net.forward(), scale, pad)
+
+
+# ---- clips (S11): DIR/.clips/NAME-XXXX_KKK.npz, each a self-contained training clip ----------------------------------------------
+
+CLIP_FRAMES = CLIP_SECONDS * FPS  # 125
+LAYOUT = 1  # of the clip files: a change makes prepare() do everything again
+REFUSALS = ("unreadable file", "no sound track", "silent sound", "face missing in > 10 % of frames", "face smaller than 80 px", "shorter than 1 s")
+GAP_FRAMES = 5  # so many frames without a face are bridged, whatever they show
+SMALLEST_FACE_PX, SILENCE = 80, 1e-3  # px of the original frame; root mean square of full scale (-60 dB)
+
+
+@dataclass
+class Clip:
+    path: Path
+    source: str  # relative path of the video it was cut from
+    jpegs: np.ndarray  # uint8 [bytes], all crops one after the other
+    offsets: np.ndarray  # int64 [T + 1] into jpegs
+    landmarks: np.ndarray  # float32 [T, 478, 2] crop px
+    found: np.ndarray  # bool [T]; False: landmarks were interpolated
+    wave: np.ndarray  # int16 [640 T]
+    mel: np.ndarray  # float16 [80, 4 T]
+    text: str
+    shapes: np.ndarray  # float32 [T, 3] mouth_shape
+    poses: np.ndarray  # float32 [T, 2] head_pose
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def frame(self, i):
+        """-> uint8 RGB [256, 256, 3]"""
+        return cv2.imdecode(self.jpegs[self.offsets[i] : self.offsets[i + 1]], cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def load_clip(path):
+    """Raises BadInput for a broken or foreign file (every array is checked by zip's own CRC)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            parts = {name: file[name] for name in ("jpegs", "offsets", "landmarks", "found", "wave", "mel")}
+            text, source = str(file["text"]), str(file["source"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(f"{path}: broken clip ({error})") from None
+    return Clip(Path(path), source, text=text, shapes=mouth_shape(parts["landmarks"]), poses=head_pose(parts["landmarks"]), **parts)
+
+
+def list_clips(data_dir):
+    return sorted(Path(data_dir, ".clips").glob("*.npz"))
+
+
+def is_held_out(source):
+    """About one source in ten, by a hash of its name: stable when files come and go or the folder moves."""
+    return hash_of(Path(source).stem) % 10 == 0
+
+
+def hash_of(text):
+    return int.from_bytes(hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
+def list_videos(data_dir):
+    if not Path(data_dir).is_dir():
+        raise BadInput(f"{data_dir}: no such folder")
+    videos = (p for p in Path(data_dir).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+    return sorted(p for p in videos if not any(part.startswith(".") for part in p.relative_to(data_dir).parts))
+
+
+def read_text(video):
+    """The sentence beside a video -> list of (start s, end s, word); NAME.txt knows no times: one entry (0, inf, text)."""
+    align, text = video.with_suffix(".align"), video.with_suffix(".txt")
+    if align.is_file():
+        rows = [line.split() for line in align.read_text().splitlines() if len(line.split()) == 3]
+        return [(int(a) / 25000, int(b) / 25000, word) for a, b, word in rows if word not in ("sil", "sp")]
+    if text.is_file():
+        return [(0.0, float("inf"), " ".join(text.read_text(encoding="utf-8", errors="replace").split()))]
+    return []
+
+
+def clip_text(words, start, end, seconds):
+    """What is said between start and end (s) of a video of that many seconds. Text without times counts only if the clip is (but for
+    a second) the whole video: half a sentence under a whole one would teach the lip reader nonsense."""
+    whole = end - start > seconds - 1
+    return " ".join(w for a, b, w in words if (whole if b == float("inf") else start <= (a + b) / 2 < end))
+
+
+def is_cut(before, after):
+    """before, after: (thumbnail float32 [h, w, 3], list of faces) of two frames in a row -> is there a cut between them?
+
+    Either the picture changes altogether, or its colours do, or all faces jump while it changes."""
+    change = np.abs(after[0] - before[0]).mean()  # 0..255
+    if change > 30:
+        return True
+    if change > 12:
+        histograms = [np.histogramdd(t.reshape(-1, 3), bins=6, range=[(0, 256)] * 3, density=True)[0] for t in (before[0], after[0])]
+        if np.abs(histograms[0] - histograms[1]).sum() / histograms[0].sum() / 2 > 0.4:  # 0 alike .. 1 no colour in common
+            return True
+    jumps = [min(jump(a, b) for b in before[1]) for a in after[1] if before[1]]
+    return change > 6 and len(jumps) > 0 and min(jumps) > 0.3
+
+
+def jump(a, b):
+    """Two faces [478, 2] -> how far apart, in face sizes, position and size together."""
+    return np.linalg.norm(a.mean(0) - b.mean(0)) / face_size(a) + abs(np.log(face_size(a) / face_size(b)))
+
+
+def segments(frames, tracker):
+    """Frames of one video -> yields (tracks, pieces) of up to 125 frames, none across a cut: the faces of each frame (see follow_face)
+    and the piece of it around them (see cut_out), so that no whole pictures are held.
+
+    A few frames without a face (a hand, a flash) are no cut; a scene without one is, back to its beginning."""
+    held, before, gap, box = [], None, 0, None  # before: the last frame with a face; gap: frames since
+    for frame in frames:
+        faces = tracker.find(frame)
+        now = cv2.resize(frame[::4, ::4], (48, 48), interpolation=cv2.INTER_AREA).astype(np.float32), faces
+        gap = 0 if faces else gap + 1
+        if before is not None and (faces or gap > GAP_FRAMES) and is_cut(before, now):
+            start = max(0, len(held) - max(gap - 1, 0))
+            if start:
+                yield zip(*held[:start])
+            held, before = held[start:], now
+            tracker.forget()  # or its landmarks crawl from the old face to the new one
+            faces = tracker.find(frame)
+        elif len(held) == CLIP_FRAMES:
+            yield zip(*held)
+            held = []
+        piece, box = cut_out(frame, faces, box)
+        held.append((faces, piece))
+        before = now if faces or before is None else before
+    if held:
+        yield zip(*held)
+
+
+def cut_out(frame, faces, box):
+    """-> (piece, box): the part of the frame within a face's size of any face (without faces: within the last box), of at most
+    TRACK_PIXELS, and the affine [2, 3] that leads from its pixels to the frame's."""
+    if faces:
+        low = np.min([points.mean(0) - face_size(points) for points in faces], 0)
+        high = np.max([points.mean(0) + face_size(points) for points in faces], 0)
+        box = [int(v) for v in np.clip([*low, *high], 0, np.tile(frame.shape[1::-1], 2))]
+    x0, y0, x1, y1 = box if box and box[2] > box[0] and box[3] > box[1] else (0, 0, frame.shape[1], frame.shape[0])
+    piece = shrink(frame[y0:y1, x0:x1])
+    fx, fy = (x1 - x0) / piece.shape[1], (y1 - y0) / piece.shape[0]
+    return (piece.copy(), np.array([[fx, 0, x0 + (fx - 1) / 2], [0, fy, y0 + (fy - 1) / 2]])), box
+
+
+def chain(second, first):
+    """The affine [2, 3] that does first, then second."""
+    return np.hstack([second[:, :2] @ first[:, :2], second[:, :2] @ first[:, 2:] + second[:, 2:]])
+
+
+def refusal(landmarks, wave):
+    """landmarks [T, 478, 2] frame px, NaN where absent; wave float32 [640 T] -> why not to keep the clip, or None."""
+    found = np.isfinite(landmarks[:, 0, 0])
+    if len(found) < FPS:
+        return "shorter than 1 s"
+    if np.sqrt(np.mean(wave**2)) < SILENCE:
+        return "silent sound"
+    if found.any() and np.median([face_size(points) for points in landmarks[found]]) < SMALLEST_FACE_PX:
+        return "face smaller than 80 px"
+    if found.mean() < 0.9:
+        return "face missing in > 10 % of frames"
+    return None
+
+
+def upright_box(detector, pieces, landmarks):
+    """S12 with yolov8-face: its box on the upright face, once a second -> median (x0, y0, x1, y1) in upright units; None: no face found.
+
+    pieces: [T] of cut_out; landmarks [T, 478, 2] frame px, NaN rows allowed."""
+    centre, turn = upright_motion(landmarks)
+    boxes, side, unit = [], 640, 18.0  # unit: px per upright unit (cm), a face is then about 320 px high
+    for i in range(0, len(pieces), FPS):
+        rotate = unit / turn[i]
+        shift = (1 + 1j) * side / 2 - rotate * centre[i]
+        affine = np.array([[rotate.real, -rotate.imag, shift.real], [rotate.imag, rotate.real, shift.imag]])
+        found, _, _ = detector.find(cv2.warpAffine(pieces[i][0], chain(affine, pieces[i][1]), (side, side)))
+        boxes += [(box - side / 2) / unit for box in found if (box[:2] < side / 2).all() and (box[2:] > side / 2).all()][:1]
+    return np.median(boxes, 0) if boxes else None
+
+
+def save_clip(path, landmarks, affines, pieces, wave, text, source):
+    """landmarks [T, 478, 2] frame px with NaN rows; pieces [T] of cut_out. Written whole or not at all."""
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    crops = (crop(piece, chain(affine, lead)) for (piece, lead), affine in zip(pieces, affines))
+    jpegs = [cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)[1] for rgb in crops]
+    samples = to_int16(wave)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with open(part, "wb") as file:
+        np.savez(file, jpegs=np.concatenate(jpegs), offsets=np.cumsum([0] + [len(j) for j in jpegs]), affines=affines,
+                 landmarks=warp(fill_gaps(landmarks), affines).astype(np.float32), found=np.isfinite(landmarks[:, 0, 0]), wave=samples,
+                 mel=log_mel(samples.astype(np.float32) / 32768).numpy().astype(np.float16), text=text, source=source)
+    os.replace(part, path)
+
+
+def prepare_video(video, data_dir, tracker, detector=None, listen=None):
+    """One video -> its clips in DIR/.clips; -> (clip names, {why refused: count}). Memory does not grow with its length (but for its sound).
+
+    detector: YoloFace or None. listen(wave float32 [N]) -> str writes down what a clip without text says, or None."""
+    source, stem, refused, names = video.relative_to(data_dir).as_posix(), clip_stem(video, data_dir), Counter(), []
+    try:
+        wave, words, start = read_audio(video), read_text(video), 0
+        tracker.forget()
+        with contextlib.closing(read_frames(video)) as frames:
+            for tracks, pieces in segments(frames, tracker):
+                end = start + len(tracks)
+                landmarks = follow_face(tracks)  # [T, 478, 2]
+                sound = wave[start * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME]
+                sound = np.pad(sound, (0, len(tracks) * SAMPLES_PER_FRAME - len(sound)))  # [640 T]
+                if reason := refusal(landmarks, sound):
+                    refused[reason] += 1
+                else:
+                    text = clip_text(words, start / FPS, end / FPS, len(wave) / SAMPLE_RATE) or (listen(sound) if listen else "")
+                    affines = smooth_affines(landmarks, upright_box(detector, pieces, landmarks) if detector else None)
+                    names.append(f"{stem}_{len(names):03d}.npz")
+                    save_clip(data_dir / ".clips" / names[-1], landmarks, affines, pieces, sound, text, source)
+                start = end
+    except BadInput as error:
+        refused["no sound track" if str(error).endswith("no sound track") else "unreadable file"] += 1
+    return names, dict(refused)
+
+
+def clip_stem(video, data_dir):
+    source = video.relative_to(data_dir).as_posix()
+    return f"{video.stem[:60]}-{hash_of(source) % 16**8:08x}"
+
+
+def manifest(video, data_dir):
+    return data_dir / ".clips" / (clip_stem(video, data_dir) + ".json")
+
+
+def signature(video, options):
+    """What a video's clips depend on; another signature, and they are made again."""
+    stat = video.stat()
+    return [LAYOUT, stat.st_size, stat.st_mtime_ns, f"{hash_of(read_text(video)):x}", *options]
+
+
+def read_manifest(video, data_dir):
+    try:
+        return json.loads(manifest(video, data_dir).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def prepare_share(videos, data_dir, options, counter, results):
+    """A worker: takes the next video until none is left. options = (path of yolov8-face.onnx or None, whisper model's name or None)."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    detector = YoloFace(options[0]) if options[0] else None
+    listen = transcriber(options[1]) if options[1] else None
+    parent = multiprocessing.parent_process()
+    with FaceTracker() as tracker:
+        while parent is None or parent.is_alive():
+            with counter.get_lock():
+                i, counter.value = counter.value, counter.value + 1
+            if i >= len(videos):
+                return
+            stem, mark = clip_stem(videos[i], data_dir), signature(videos[i], options)
+            for old in (data_dir / ".clips").iterdir():
+                if old.name.startswith(stem + "_") or old.name.startswith(stem + "."):
+                    old.unlink(missing_ok=True)
+            names, refused = prepare_video(videos[i], data_dir, tracker, detector, listen)
+            part = manifest(videos[i], data_dir).with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps({"source": str(videos[i].relative_to(data_dir)), "signature": mark, "clips": names, "refused": refused}))
+            os.replace(part, manifest(videos[i], data_dir))
+            results.put((str(videos[i]), len(names)))
+
+
+def transcriber(model_name):
+    """-> listen(wave float32 [N]) -> str, by openai-whisper's model of that name or file."""
+    import whisper
+    if model_name not in whisper.available_models() and not os.path.isfile(model_name):
+        raise BadInput(f"--transcribe {model_name}: neither a file nor one of {', '.join(whisper.available_models())}")
+    model = whisper.load_model(model_name, device="cpu")
+    return lambda wave: model.transcribe(wave, fp16=False)["text"].strip()
+
+
+def prepare(data_dir, workers=None, shard=None, detector=None, transcribe=None):
+    """Brings DIR/.clips up to date -> report {"videos", "new", "kept", "refused": {why: count}}. Done videos are skipped, changed ones
+    made again, so a killed run goes on where it was. shard=(i, n): only every n-th video, by a hash of its path."""
+    data_dir = Path(data_dir)
+    videos = list_videos(data_dir)
+    if not videos:
+        raise BadInput(f"{data_dir}: no video in it")
+    if shard is not None:
+        videos = [v for v in videos if hash_of(v.relative_to(data_dir).as_posix()) % shard[1] == shard[0] % shard[1]]
+    if detector:
+        YoloFace(detector)  # a bad model is refused here, before any worker starts
+    if transcribe:
+        transcriber(transcribe)
+    (data_dir / ".clips").mkdir(exist_ok=True)
+    options = (detector and str(detector), transcribe)
+    todo = [v for v in videos if read_manifest(v, data_dir).get("signature") != signature(v, options)]
+    context = multiprocessing.get_context("spawn")
+    counter, results = context.Value("q", 0), context.Queue()
+    share = partial(prepare_share, todo, data_dir, options, counter, results)
+    crew = [context.Process(target=share, daemon=True) for _ in range(min(workers or os.cpu_count(), len(todo)))]
+    for process in crew:
+        process.start()
+    try:
+        with tqdm(total=len(todo), unit="video", disable=not todo) as bar:
+            watch(crew, results, bar)
+    finally:
+        for process in crew:
+            process.terminate()
+            process.join()
+    done = [read_manifest(v, data_dir) for v in videos]
+    refused = sum((Counter(d.get("refused", {})) for d in done), Counter())
+    return {"videos": len(videos), "new": len(todo), "kept": sum(len(d.get("clips", [])) for d in done), "refused": dict(refused)}
+
+
+def watch(crew, results, bar):
+    clips, began = 0, time.monotonic()
+    while bar.n < bar.total:
+        try:
+            _, count = results.get(timeout=1)
+        except queue.Empty:
+            if any(process.exitcode for process in crew):
+                raise RuntimeError("a worker died (out of memory?); what is done is kept, run the command again") from None
+            continue
+        clips += count
+        bar.set_postfix_str(f"{clips} clips, {clips / (time.monotonic() - began):.1f} clips/s", refresh=False)
+        bar.update()
+
+
+def print_report(report):
+    print(f"{report['videos']} videos ({report['new']} of them new or changed)")
+    print(f"{report['kept']:6d} clips kept")
+    for reason, count in sorted(report["refused"].items(), key=lambda item: -item[1]):
+        print(f"{count:6d} refused: {reason}")
+
+
+def refs_sheet(clips, png, count=3):
+    """A contact picture: one row a clip, its references from closed to widest."""
+    rows = [np.hstack([clip.frame(i) for i in select_references(clip.shapes, clip.poses, count)]) for clip in map(load_clip, clips)]
+    if not cv2.imwrite(str(png), np.vstack(rows)[..., ::-1]):
+        raise BadInput(f"{png}: cannot be written")
+
+
+# ---- dataset (S2, S3): training samples --------------------------------------------------------------------------------
+def feature_path(clip_path, audio_encoder, noisy=False):
+    """Where a clip's features by a frozen audio encoder are kept, beside the clip: NAME.npz -> NAME.whisper-base.npy"""
+    key = re.sub(r"[^A-Za-z0-9]+", "-", audio_encoder)
+    return Path(clip_path).with_suffix(f".{key}{'-noisy' if noisy else ''}.npy")
+
+
+def clip_source(path):
+    """The relative path of the video a clip was cut from, read without its pictures."""
+    with np.load(path) as file:
+        return str(file["source"])
+
+
+def split_clips(paths, held_out_names=""):
+    """(training clips, held-out clips): by a hash of the source video, or because its name matches a pattern.
+
+    held_out_names: comma-separated glob patterns on the source's path. Both halves keep the order of `paths`.
+    """
+    patterns = [p.strip() for p in held_out_names.split(",") if p.strip()]
+    halves = ([], [])
+    for path in paths:
+        source = clip_source(path)
+        chosen = any(fnmatch.fnmatch(source, f"*{p}*") for p in patterns)
+        halves[chosen or is_held_out(source)].append(path)
+    return halves
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Training samples: S consecutive frames of a clip, its references, and the sound that belongs to each frame.
+
+    Patent: S2(2) the groups of S frames, S2(3) the audio window, Fig. 7 the references, S3 gamma and brightness.
+    Shapes: sample = dict of
+        refs [R, 3, H, W] uint8, target [S, 3, H, W] uint8 (masked = its upper half, made on the device),
+        audio [S, F, D] float32 selected features (frozen encoder), or mel [80, 4P] and window [S, F] int64 (scratch),
+        sync [S, D] or [80, 4S] the sound of just these frames for the sync expert, in_sync bool,
+        mouth [S, 4] int64 box (x0, y0, x1, y1) of the lips with a margin, amplitude [S] float32,
+        gamma, brightness float32 scalars, clip int64, start int64.
+    Choice: sample i depends on (seed, i) only, so a resumed run sees what it would have seen. Folders are drawn in
+        proportion to the square root of their clips, so one large folder does not drown the others.
+        Amplitude: in a share of the samples frame t's sound is paired, within the clip, with the picture whose
+        mouth is a times as open as at t, and a is the coefficient: so the coefficient really means opening.
+    """
+    POOL = CLIP_SECONDS * FPS                     # P, longest clip in frames
+
+    def __init__(self, paths, config, group=5, seed=0, amplitude_share=0.3, random_refs=False, augment=True,
+                 sync_audio=None):
+        self.paths, self.config, self.group, self.seed = list(paths), config, group, seed
+        self.amplitude_share, self.random_refs, self.augment = amplitude_share, random_refs, augment
+        self.frozen = config.audio_encoder != "scratch"
+        self.sync_audio = sync_audio or ("features" if self.frozen else "mel")
+        if not self.paths:
+            raise BadInput("no clips to train on: is DIR right, and were clips kept?")
+        folders = [str(Path(clip_source(p)).parent) for p in self.paths]
+        counts = Counter(folders)
+        weights = np.array([counts[f] ** -0.5 for f in folders])
+        self.chances = np.cumsum(weights / weights.sum())
+        self.broken = set()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, int(index)])
+        for _ in range(20):                       # a broken file is named once, and another clip takes its place
+            path = self.paths[min(np.searchsorted(self.chances, rng.random()), len(self.paths) - 1)]
+            if path in self.broken:
+                continue
+            try:
+                clip = load_clip(path)
+                features = np.load(feature_path(path, self.config.audio_encoder)) if self.frozen else None
+            except (BadInput, OSError, ValueError) as error:
+                self.broken.add(path)
+                tqdm.write(f"skipped from now on: {path}: {error}")
+                continue
+            if len(clip) >= self.group + 12:
+                return self.sample(clip, features, self.paths.index(path), rng)
+        raise BadInput(f"{self.paths[0].parent}: hardly a clip there can be read; prepare the folder again")
+
+    def sample(self, clip, features, number, rng):
+        S, size = self.group, self.config.image_size
+        start = int(rng.integers(0, len(clip) - S + 1))
+        heard = np.arange(start, start + S)       # whose sound
+        shown, amplitude = heard, np.ones(S, np.float32)
+        if rng.random() < self.amplitude_share:
+            shown, amplitude = pair_amplitude(clip, heard, rng)
+        exclude = (shown.min() - 5, shown.max() + 5)
+        if self.random_refs:
+            refs = rng.choice(len(clip), self.config.refs)
+        else:
+            refs = select_references(clip.shapes, clip.poses, self.config.refs, pose=clip.poses[shown[S // 2]],
+                                     exclude=exclude, rng=rng)
+        flip = self.augment and rng.random() < 0.5
+        pictures = np.stack([clip.frame(i) for i in [*refs, *shown]])            # [R+S, 256, 256, 3]
+        if size != CROP_PX:
+            pictures = np.stack([cv2.resize(p, (size, size), interpolation=cv2.INTER_AREA) for p in pictures])
+        lips = clip.landmarks[shown][:, LIPS_OUTER].copy()           # [S, n, 2]
+        if flip:
+            pictures, lips[..., 0] = pictures[:, :, ::-1], CROP_PX - lips[..., 0]
+        centre, width = lips.mean(1), np.ptp(lips[..., 0], axis=1)[:, None]
+        mouth = np.concatenate([centre - width * (0.75, 0.6), centre + width * (0.75, 0.8)], 1) * size / CROP_PX
+        pictures = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))   # [R+S, 3, H, W]
+        window = audio_window(heard, self.config.spacing, self.config.window).clamp(0, len(clip) - 1)  # [S, F]
+        sample = dict(
+            refs=pictures[:self.config.refs], target=pictures[self.config.refs:],
+            mouth=torch.from_numpy(mouth.clip(0, size).round().astype(np.int64)),
+            amplitude=torch.from_numpy(amplitude), in_sync=torch.tensor(bool((shown == heard).all())),
+            flip=torch.tensor(bool(flip)), gamma=torch.tensor(np.exp(rng.normal(0, 0.2)) if self.augment else 1.0, dtype=torch.float32),
+            brightness=torch.tensor(rng.uniform(0.8, 1.2) if self.augment else 1.0, dtype=torch.float32),
+            clip=torch.tensor(number), start=torch.tensor(start))
+        if self.frozen:
+            sample["audio"] = torch.from_numpy(features[window.numpy()].astype(np.float32))     # [S, F, D]
+        else:
+            mel = np.zeros((N_MELS, MEL_PER_FRAME * self.POOL), np.float32)
+            mel[:, :clip.mel.shape[1]] = clip.mel[:, :mel.shape[1]]
+            sample.update(mel=torch.from_numpy(mel), window=window)
+        sample["sync"] = torch.from_numpy(
+            features[heard].astype(np.float32) if self.sync_audio == "features"
+            else clip.mel[:, start * MEL_PER_FRAME:(start + S) * MEL_PER_FRAME].astype(np.float32))
+        return sample
+
+
+def pair_amplitude(clip, heard, rng):
+    """For the sound of frames `heard` [S]: pictures whose mouth is a times as open, a random. -> shown [S], a [S]"""
+    opening, width, poses = clip.shapes[:, 0], clip.shapes[:, 1], clip.poses
+    spread = lambda x: x / (x.std(0) + 1e-6)
+    wanted = opening[heard] * rng.uniform(0.4, 1.7)                  # [S]
+    cost = (2 * np.abs(opening[None] - wanted[:, None]) / (opening.std() + 1e-6)           # [S, T]
+            + 0.5 * np.abs(spread(width)[None] - spread(width)[heard][:, None])
+            + 0.5 * np.linalg.norm(spread(poses)[None] - spread(poses)[heard][:, None], axis=-1))
+    shown = cost.argmin(1)
+    coefficient = np.where(opening[heard] > 2, opening[shown] / np.maximum(opening[heard], 2), 1)
+    return shown, coefficient.clip(0.3, 2).astype(np.float32)
+
+
+def lower_halves(clip, frames):
+    """Half-size lower halves, what the experts see: uint8 RGB [n, 3, 64, 128]. Decoded at half size, so 3 times faster."""
+    pieces = (clip.jpegs[clip.offsets[i]:clip.offsets[i + 1]] for i in frames)
+    pictures = np.stack([cv2.imdecode(p, cv2.IMREAD_REDUCED_COLOR_2)[CROP_PX // 4:, :, ::-1] for p in pieces])
+    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
+
+
+class SyncDataset(ClipDataset):
+    """S frames, their sound, and sounds of the same clip that do not overlap it, for the sync expert.
+
+    Patent: S3(1), syncXnet trained as SyncNet.
+    Shapes: pictures [S, 3, 64, 128] uint8; sound [S, D] or [80, 4S], wrong [4, S, D] or [4, 80, 4S] float32; clip int64.
+    Choice: wrong sounds of the same clip are the hard negatives; other clips' are taken from the batch. Half of the
+        samples take the noisy copies.
+    """
+    WRONG = 4
+
+    def sample(self, clip, features, number, rng):
+        S = self.group
+        start = int(rng.integers(0, len(clip) - S + 1))
+        wrong = rng.choice([i for i in range(len(clip) - S + 1) if abs(i - start) >= S], self.WRONG)
+        flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+        sound = self.sound(clip, features, rng)
+        return dict(pictures=torch.from_numpy(lower_halves(clip, range(start, start + S))[..., flip].copy()),
+                    sound=sound(start), wrong=torch.stack([sound(i) for i in wrong]), clip=torch.tensor(number))
+
+    def sound(self, clip, features, rng):
+        S, noisy = self.group, rng.random() < 0.5
+        if self.sync_audio == "features":
+            features = np.load(feature_path(clip.path, self.config.audio_encoder, True)) if noisy else features
+            return lambda i: torch.from_numpy(features[i:i + S].astype(np.float32))
+        from experts import corrupt_sound         # experts imports this file
+        mel = clip.mel if not noisy else log_mel(corrupt_sound(clip.wave.astype(np.float32) / 32768, rng)).numpy()
+        return lambda i: torch.from_numpy(mel[:, i * MEL_PER_FRAME:(i + S) * MEL_PER_FRAME].astype(np.float32))
+
+
+class SentenceDataset(torch.utils.data.Dataset):
+    """Whole clips and their text, for the lip reader.
+
+    Patent: S3(2).
+    Shapes: video [T, 3, 64, 128] uint8, text str; `collate` pads a batch to video [B, T, ...], length [B], texts.
+    Choice: mirrored at random.
+    """
+
+    def __init__(self, paths, seed=0):
+        self.paths, self.seed = list(paths), seed
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, int(index)])
+        number = int(rng.integers(len(self.paths)))
+        clip = load_clip(self.paths[number])
+        video = lower_halves(clip, range(len(clip)))
+        video = video[..., ::-1].copy() if rng.random() < 0.5 else video
+        return torch.from_numpy(video), clip.text, number
+
+    @staticmethod
+    def collate(samples):
+        from experts import PAD, encode_text
+        videos, texts, numbers = zip(*samples)
+        tokens = [torch.tensor(encode_text(text)) for text in texts]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return dict(video=pad(videos, batch_first=True), length=torch.tensor([len(v) for v in videos]),
+                    tokens=pad(tokens, batch_first=True, padding_value=PAD), clip=torch.tensor(numbers))
+
+
+# ---- demo: who speaks ------------------------------------------------------------------------------------------------------------
+# Lengths are in half face widths ("units"): u to the right, v down, (0, 0) on the nose bridge.
+
+
+def trait(low, high):
+    return field(metadata={"range": (low, high)})
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One drawn person. Speaker.draw(seed) takes every trait uniformly from its range; a volume, beard or glasses below 0 is none."""
+    texture: float = trait(0, 1e9)  # seed of skin grain and hair strands
+    skin: float = trait(0, 1)  # place in its palette, as for hair, iris, wall and cloth
+    blush: float = trait(0, 1)
+    freckles: float = trait(-1, 1)
+    taper: float = trait(0.06, 0.22)  # square jaw .. pointed chin
+    chin: float = trait(1.2, 1.38)
+    hair: float = trait(0, 1)
+    volume: float = trait(-0.04, 0.32)
+    length: float = trait(-2, 1.9)
+    hairline: float = trait(0.62, 1.0)
+    parting: float = trait(-0.6, 0.6)
+    fringe: float = trait(-0.1, 0.7)
+    curl: float = trait(0, 1)
+    brow: float = trait(0.025, 0.06)
+    brow_tilt: float = trait(-0.12, 0.12)
+    eye: float = trait(0.17, 0.23)
+    eye_height: float = trait(0.42, 0.58)
+    eye_gap: float = trait(0.40, 0.46)
+    eye_tilt: float = trait(-0.12, 0.12)
+    iris: float = trait(0, 1)
+    nose: float = trait(0.12, 0.21)
+    nose_length: float = trait(0.40, 0.52)
+    beard: float = trait(-2, 1)
+    glasses: float = trait(-2, 1)
+    mouth: float = trait(0.31, 0.40)  # half the width of the closed mouth
+    lip: float = trait(0.07, 0.14)
+    lip_red: float = trait(0, 1)
+    tooth: float = trait(0.085, 0.13)  # width of a middle incisor
+    tooth_length: float = trait(0.10, 0.16)
+    tooth_gap: float = trait(-0.02, 0.016)  # between the middle incisors, none below 0
+    tooth_yellow: float = trait(0, 1)
+    tongue: float = trait(0, 1)  # dark red .. pink
+    wall: float = trait(0, 1)
+    cloth: float = trait(0, 1)
+    light: float = trait(-0.7, 0.7)  # from the left .. from the right
+    size: float = trait(118, 145)  # half face width on the screen, px
+    pitch: float = trait(90, 230)  # Hz
+    tract: float = trait(0.9, 1.15)  # factor of the formants: long .. short throat
+    articulation: float = trait(0.75, 1.15)  # how far this person opens the mouth
+
+    @classmethod
+    def draw(cls, seed):
+        rng = np.random.default_rng(seed)
+        return cls(**{trait.name: rng.uniform(*trait.metadata["range"]) for trait in fields(cls)})
+
+
+# ---- demo: what is said, seen and heard --------------------------------------------------------------------------------------------
+# One consonant per lip shape (b and p would look like m), so that the lips alone tell the twelve syllables apart.
+# Mouth: opening and width as fractions of the closed mouth's width; rounding 0..1; teeth -1 (upper ones on the lower lip) .. 1 (clenched).
+# Sound: three formants in Hz; loudness of voice, of hiss and of breath.
+
+CONTROL_HZ = 1000  # the timeline's own rate
+SOUNDS = {
+    #     open  width round teeth   F1    F2    F3  voice hiss breath
+    "a": (0.40, 1.00, 0.0, 0.0,    800, 1250, 2600, 1.00, 0.0, 0.0),
+    "i": (0.17, 1.20, 0.0, 0.3,    290, 2250, 3000, 0.80, 0.0, 0.0),
+    "o": (0.28, 0.74, 0.7, 0.0,    480,  850, 2500, 0.90, 0.0, 0.0),
+    "u": (0.12, 0.55, 1.0, 0.0,    310,  650, 2300, 0.80, 0.0, 0.0),
+    "m": (-0.2, 1.00, 0.0, 0.0,    250, 1050, 2200, 0.35, 0.0, 0.0),  # below 0: pressed shut
+    "f": (0.05, 1.03, 0.0, -1.,    400, 1200, 2400, 0.00, 0.0, 1.0),
+    "s": (0.13, 1.14, 0.0, 1.0,    350, 1700, 2600, 0.00, 1.0, 0.0),
+    " ": (-0.04, 1.0, 0.0, 0.0,    450, 1300, 2500, 0.00, 0.0, 0.0),
+}
+
+
+def syllable_timeline(rng, seconds, articulation=1.0):
+    """-> [(syllable, start s, end s)], mouth float64 [T, 4] (opening, width, rounding, teeth) per frame, controls [1000 * seconds, 10]"""
+    controls = np.tile(SOUNDS[" "], (round(seconds * CONTROL_HZ), 1))
+    syllables, now = [], rng.uniform(0.15, 0.5)
+    while now + 0.4 < seconds:
+        consonant, vowel = rng.choice(list("mfs")), rng.choice(list("aiou"))
+        middle, end, stress = now + rng.uniform(0.09, 0.11), now + rng.uniform(0.25, 0.31), rng.uniform(0.8, 1.15)
+        for sound, start, stop in (consonant, now, middle), (vowel, middle, end):
+            controls[round(start * CONTROL_HZ):round(stop * CONTROL_HZ)] = np.multiply(SOUNDS[sound], [stress] + [1] * 6 + [stress] * 3)
+        syllables.append((consonant + vowel, now, end))
+        now = end + (rng.uniform(0.25, 0.8) if rng.random() < 0.12 else 0)
+    controls[:, :7] = cv2.GaussianBlur(controls[:, :7], (1, 0), 0.1, sigmaY=28, borderType=cv2.BORDER_REPLICATE)  # coarticulation, ms
+    controls[:, 7:] = cv2.GaussianBlur(controls[:, 7:], (1, 0), 0.1, sigmaY=10, borderType=cv2.BORDER_REPLICATE)
+    controls[:, 0] = np.maximum(controls[:, 0], 0) * articulation
+    shown = (np.arange(round(seconds * FPS)) + 0.5) / FPS  # s: a frame shows the middle of the time it stays on screen
+    return syllables, controls[np.minimum((shown * CONTROL_HZ).astype(int), len(controls) - 1), :4], controls
+
+
+def synthesize(speaker, controls, rng):
+    """Formant synthesis: harmonics of the pitch under three resonances, noise for s and f. -> float32 [N] at 16 kHz"""
+    count = len(controls) * SAMPLE_RATE // CONTROL_HZ
+    times, ticks = np.arange(count) / SAMPLE_RATE, (np.arange(len(controls)) + 0.5) / CONTROL_HZ
+    f1, f2, f3, voice, hiss, breath = (np.interp(times, ticks, control) for control in controls[:, 4:].T)
+    pitch = speaker.pitch * (1 + 0.12 * drift(rng, times, 1.5) + 0.01 * drift(rng, times, 12))
+    phase, tone = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE, np.zeros(count)
+    for k in range(1, int(4000 / speaker.pitch)):
+        resonances = ((f1, 70, 1), (f2, 90, 0.6), (f3, 140, 0.3))  # Hz, half bandwidth in Hz, level
+        gain = 0.01 + sum(level / (1 + ((k * pitch - formant * speaker.tract) / half) ** 2) for formant, half, level in resonances)
+        tone += gain * k ** -0.4 * np.sin(k * phase)
+    hz, noise = np.fft.rfftfreq(count, 1 / SAMPLE_RATE), np.fft.rfft(rng.standard_normal(count))
+    sharp, soft = (np.fft.irfft(noise * band(hz, low, 7300, 800), count) for low in (4200, 900))
+    sound = 0.22 * voice * tone + 0.10 * hiss * sharp + 0.04 * breath * soft
+    return (0.7 * np.tanh(sound) + 1e-4 * rng.standard_normal(count)).astype(np.float32)
+
+
+def drift(rng, times, hz):
+    """A smooth random curve, -1..1 most of the time, that swings at most `hz` times a second."""
+    rates, phases = rng.uniform(0.3, 1, 5) * hz, rng.uniform(0, 2 * np.pi, 5)
+    return np.sin(2 * np.pi * times[:, None] * rates + phases).sum(1) / 2.5
+
+
+# ---- demo: how it is drawn ---------------------------------------------------------------------------------------------------------
+
+UNIT, CENTRE, CANVAS = 150, (250, 310), (630, 500)  # the head's canvas: px per unit, x and y of (u, v) = (0, 0), height and width
+EYES_V, MOUTH_V = -0.12, 0.74
+PALETTES = {
+    "skin": [(84, 54, 42), (141, 94, 68), (198, 146, 112), (226, 178, 148), (243, 208, 186)],
+    "hair": [(22, 18, 18), (48, 32, 24), (92, 58, 36), (150, 74, 36), (196, 152, 88), (226, 202, 150), (165, 162, 160)],
+    "iris": [(52, 32, 20), (96, 66, 36), (104, 112, 62), (86, 122, 148), (110, 120, 126)],
+    "wall": [(58, 66, 82), (120, 140, 150), (188, 178, 160), (92, 112, 92), (142, 96, 84), (70, 52, 78), (206, 210, 214)],
+    "cloth": [(28, 34, 58), (150, 32, 40), (226, 222, 214), (40, 92, 74), (36, 36, 38), (208, 150, 40), (96, 130, 180)],
+}
+
+
+def palette(name, place):
+    colours = np.array(PALETTES[name]) / 255
+    return np.array([np.interp(place * (len(colours) - 1), range(len(colours)), channel) for channel in colours.T], np.float32)
+
+
+def band(x, low, high, soft):
+    """1 where x is within low..high, else 0, with edges `soft` wide: anti-aliasing without supersampling."""
+    return np.clip((x - low) / soft + 0.5, 0, 1) * np.clip((high - x) / soft + 0.5, 0, 1)
+
+
+def bump(x, y, wide, tall):
+    return np.exp(-(x / wide) ** 2 - (y / tall) ** 2)
+
+
+def ramp(x, low, high):
+    t = np.clip((x - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def paint(canvas, colour, alpha):
+    canvas += np.asarray(alpha, np.float32)[..., None] * (np.asarray(colour, np.float32) - canvas)
+
+
+def grain(rng, shape, wide, tall):
+    """Smooth noise of unit size in blobs of wide x tall px. -> float32 `shape`"""
+    small = rng.standard_normal((int(shape[0] / tall) + 2, int(shape[1] / wide) + 2), np.float32)
+    return cv2.resize(small, shape[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+@lru_cache(maxsize=16)
+def part(u_range, v_range):
+    """A rectangle in units -> its slices of the canvas, and the u and v of each pixel, float32."""
+    x0, x1 = np.clip([round(CENTRE[0] + UNIT * u) for u in u_range], 0, CANVAS[1])
+    y0, y1 = np.clip([round(CENTRE[1] + UNIT * v) for v in v_range], 0, CANVAS[0])
+    y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32)
+    return (slice(y0, y1), slice(x0, x1)), (x - CENTRE[0]) / UNIT, (y - CENTRE[1]) / UNIT
+
+
+def shade(relief, side, shine):
+    """Lambert's law for light from above and from `side` (-1 left .. 1 right), and some shine. -> factor of the colour [H, W, 1]"""
+    dv, du = np.gradient(relief, np.float32(1 / UNIT))
+    facing = np.maximum(0.9 + 0.45 * dv - side * du, 0) / np.sqrt((1 + du ** 2 + dv ** 2) * (1.01 + side ** 2))
+    return (0.38 + 0.72 * facing + shine * facing ** 24)[..., None]
+
+
+def to_bytes(picture):
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+class Portrait:
+    """What does not move of a speaker: the head without eyes and mouth, lit from two sides (RGBA), its depth, and the room."""
+
+    def __init__(self, speaker):
+        self.speaker = s = speaker
+        rng = np.random.default_rng(int(s.texture))
+        _, u, v = part((-9, 9), (-9, 9))
+        w, soft = np.abs(u), partial(cv2.GaussianBlur, ksize=(0, 0))
+        fine, coarse, blobs = grain(rng, CANVAS, 2, 2), grain(rng, CANVAS, 30, 30), grain(rng, CANVAS, 5, 5)
+        strands = grain(rng, CANVAS, 2 + 4 * s.curl, 60 - 52 * s.curl) + 0.5 * grain(rng, CANVAS, 2, 20)
+        skin, hair, nose_v = palette("skin", s.skin), palette("hair", s.hair), EYES_V + s.nose_length
+        height = np.where(v < 0, 1.42, s.chin).astype(np.float32)
+        reach = (w / (1 - s.taper * np.clip(v + 0.1, 0, 1.7) ** 2)) ** 2.3 + (np.abs(v) / height) ** 2.3  # 1 on the face's outline
+        ears = np.clip((1 - ((w - 0.99) / 0.13) ** 2 - ((v - 0.1) / 0.26) ** 2) * 8 + 0.5, 0, 1)
+        self.depth = np.maximum(1 - reach, 0) + 0.35 * bump(u, v - nose_v, 0.18, 0.2)
+        relief = soft(0.9 * np.sqrt(np.maximum(1 - reach, 0)) - 0.6 * np.maximum(reach - 1, 0) + 0.04 * ears + 0.0015 * fine
+                      + 0.16 * bump(u, v - nose_v + 0.02, s.nose * 0.75, 0.13) + 0.12 * bump(u, v - nose_v + 0.25, 0.1, 0.26)  # nose
+                      + 0.05 * bump(w - s.nose * 0.8, v - nose_v - 0.03, 0.06, 0.06) - 0.13 * bump(w - s.eye_gap, v - EYES_V, 0.2, 0.14)
+                      + 0.05 * bump(w - 0.55, v - 0.3, 0.2, 0.15) + 0.08 * bump(u, v - MOUTH_V, 0.35, 0.2)  # cheekbones, mouth
+                      - 0.03 * bump(u, v - MOUTH_V - 0.22, 0.2, 0.07) + 0.06 * bump(u, v - s.chin + 0.16, 0.2, 0.13), sigmaX=2)
+
+        face = skin * (1 + 0.02 * fine + 0.03 * coarse)[..., None]
+        side, fold = w - s.eye_gap, w - (s.nose + 0.06 + 0.32 * (v - nose_v))
+        paint(face, skin * (1.08, 0.72, 0.68), (0.2 + 0.4 * s.blush) * (bump(w - 0.6, v - 0.35, 0.25, 0.2) + bump(u, v - nose_v, 0.2, 0.15)))
+        paint(face, skin * 0.62, np.clip(blobs - 1.3, 0, 1) * max(s.freckles, 0) * bump(u, v - 0.2, 0.8, 0.35))
+        paint(face, skin * (0.66, 0.58, 0.58), 0.5 * bump(side, v - EYES_V, 0.26, 0.13))  # eye sockets
+        paint(face, skin * 0.25, np.minimum(1.6 * bump(w - s.nose * 0.42, v - nose_v - 0.1, s.nose * 0.28, 0.03), 0.95))  # nostrils
+        paint(face, skin * 0.5, 0.5 * bump(u, v - nose_v - 0.13, s.nose * 0.9, 0.035) + 0.3 * bump(u, v - MOUTH_V - s.lip - 0.09, 0.22, 0.035))
+        paint(face, skin * 0.6, 0.3 * bump(fold, 0, 0.025, 1) * band(v, nose_v, MOUTH_V - 0.02, 0.15))
+        beard = band(reach + 0.25 * bump(u, v - MOUTH_V + 0.15, 0.4, 0.1), 0.47 - 0.12 * ramp(v, 0.7, 0.9), 9, 0.2) * band(v, 0.3, 9, 0.3)
+        paint(face, hair * 0.8, max(s.beard, 0) * np.clip(beard * (0.75 + 0.3 * fine) - 1.35 * bump(u, v - MOUTH_V - 0.03, s.mouth, 0.16), 0, 1))
+        brow = (v - EYES_V + 0.3 - s.brow_tilt * side - 0.9 * side ** 2) / (1.1 - side)
+        paint(face, hair * 0.7, np.clip(bump(brow, 0, s.brow, 1) * band(side, -0.27, 0.3, 0.1) * (0.9 + 0.3 * strands), 0, 1))
+
+        # hair: a larger, ragged skull without the opening for the face
+        a, b = u + 0.05 * s.curl * coarse + 0.004 * strands, v + 0.04 * s.curl * blobs + 0.02 * strands
+        length, crown = max(s.length, -0.1), 1.46 + s.volume
+        outer = (1.03 + s.volume) * np.sqrt(np.clip(1 - (np.minimum(b, 0) / crown) ** 2, 0, 1)) + 0.08 * np.maximum(b, 0)
+        opening = band(b, s.fringe * np.maximum(np.abs(a - s.parting) - 0.1, 0) ** 2 - s.hairline, 9, 0.04)
+        opening *= band(np.abs(a), -1, 0.94 - 0.08 * np.clip(length * (v + 0.5), 0, 2), 0.05) * np.maximum(ramp(reach, 1, 0.9), ramp(v, 0.3, 0.6))
+        mane = band(np.abs(a), -9, outer, 0.03) * band(b, 0.02 - crown, length, 0.08) * (1 - opening) * (s.volume > 0)
+        waves = soft(np.sqrt(np.maximum(1.7 - u ** 2 - 0.4 * v ** 2, 0.05)) + 0.012 * strands, sigmaX=1)
+        face *= (1 - 0.35 * soft(mane, sigmaX=9))[..., None]  # the hair's shadow
+        mane_colour, alpha = hair * (0.95 + 0.14 * strands)[..., None], np.maximum(np.maximum(np.clip((1 - reach) * 30 + 0.5, 0, 1), ears), mane)
+        self.lit = []
+        for side in s.light - 0.3, s.light + 0.3:
+            head = face * shade(relief, side, 0.12)
+            paint(head, mane_colour * shade(waves, side, 0.1), mane)
+            self.lit.append(np.dstack([to_bytes(head), to_bytes(alpha)]))
+        self.ripples, self.room = rng.standard_normal(60), self.draw_room(rng)
+
+    def draw_room(self, rng):
+        """Wall, things out of focus, back hair, neck and clothes, at half size: it is out of focus anyway. -> uint8 [720, 1600, 3]"""
+        s, shape = self.speaker, (360, 800)
+        y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32)
+        u, v = (x - 400) * 2 / s.size, (y - 160) * 2 / s.size
+        room = palette("wall", s.wall) * (0.7 - 0.06 * s.light * u + 0.12 * grain(rng, shape, 150, 130) - 0.05 * v)[..., None]
+        for _ in range(6):
+            (at_x, at_y), (wide, tall) = rng.uniform((0, 0), shape[::-1]), rng.uniform((20, 30), (80, 130))
+            paint(room, palette("wall", rng.random()) * rng.uniform(0.5, 1.2), 0.7 * band(x, at_x - wide, at_x + wide, 25) * band(y, at_y - tall, at_y + tall, 25))
+        if s.volume > 0 and s.length > 0.6:
+            paint(room, palette("hair", s.hair) * 0.45, band(np.abs(u), -9, 0.85, 0.1) * band(v, 0.2, s.length - 0.1, 0.15))
+        neck = np.sqrt(np.maximum(1 - (u / 0.75) ** 2, 0.05)) * (1 + 0.5 * s.light * u) * (0.42 + 0.25 * np.clip(v - 1.3, 0, 1))
+        paint(room, palette("skin", s.skin) * neck[..., None], band(np.abs(u) - 0.3 * np.maximum(v - 1.6, 0) ** 2, -9, 0.58, 0.02) * band(v, 0.5, 99, 0.1))
+        collar = 1.72 + 0.18 * u ** 2 - 0.18 * np.exp(-(u / 0.9) ** 4) + 0.45 * np.exp(-(u / 0.5) ** 2)
+        stripes = 1 - 0.15 * (np.sin(u * 100 * (s.cloth % 0.3)) > 0.6)
+        folds = (0.75 - 0.15 * s.light * u + 0.06 * grain(rng, shape, 20, 45)) * stripes * (1 - 0.4 * band(v, collar, collar + 0.06, 0.03))
+        paint(room, palette("cloth", s.cloth) * folds[..., None], band(v, collar, 99, 0.02))
+        room = cv2.resize(room, (1600, 720), interpolation=cv2.INTER_LINEAR)
+        return to_bytes(room + 0.01 * rng.standard_normal((720, 1600, 1), np.float32))
+
+
+portrait_of = lru_cache(maxsize=4)(Portrait)  # a process that draws several clips of one speaker in turn need not start again
+
+
+def draw_eyes(canvas, s, blink, gaze):
+    skin, iris = palette("skin", s.skin), palette("iris", s.iris)
+    for side in (-1, 1):
+        reach = 0.4 if s.glasses > 0 else 0.26
+        where, u, v = part((side * s.eye_gap - reach, side * s.eye_gap + reach), (EYES_V - 0.25, EYES_V + reach - 0.1))
+        eye, x = canvas[where][..., :3] / np.float32(255), u - side * s.eye_gap
+        y = v - EYES_V - s.eye_tilt * x * side
+        low = np.maximum(1 - (x / s.eye) ** 2, 0) ** 0.8 * s.eye * s.eye_height * 0.5
+        top, within = low * (3 * blink - 2), band(np.abs(x), -1, s.eye, 0.02)
+        ball, radius = band(y, top, low, 0.012) * within, np.hypot(x - gaze[0], y - gaze[1] + 0.02)
+        paint(eye, (0.84, 0.81, 0.79), ball * (1 - 0.4 * np.exp(-((y - top) / 0.04) ** 2)))
+        for colour, size in (iris * 0.35, 0.098), (iris, 0.086), ((0.03, 0.02, 0.02), 0.042):
+            paint(eye, colour, ball * band(radius, -1, size, 0.014))
+        paint(eye, (1, 1, 1), 0.9 * ball * band(np.hypot(x - gaze[0] + 0.03, y - gaze[1] + 0.055), -1, 0.017, 0.012))
+        paint(eye, skin * 0.17, 0.85 * band(y, top - 0.018, top + 0.012, 0.012) * within)  # lashes
+        paint(eye, skin * 0.48, (0.5 * bump(y - low - 0.007, 0, 0.01, 1) + 0.5 * bump(y + 2.7 * low + 0.012, 0, 0.012, 1)) * within)  # lids
+        if s.glasses > 0:
+            rim = np.abs((np.abs(x / 0.3) ** 3 + np.abs((v - EYES_V - 0.02) / 0.22) ** 3) ** (1 / 3) - 1) * 0.26
+            bridge = band(v, EYES_V - 0.015, EYES_V + 0.015, 0.012) * (x * side < -0.3)
+            paint(eye, (0.05, 0.05, 0.06), 0.9 * np.maximum(band(rim, -1, 0.01 + 0.02 * s.glasses, 0.012), bridge))
+        canvas[where][..., :3] = to_bytes(eye)
+
+
+def draw_mouth(canvas, portrait, mouth):
+    """Lips, teeth, tongue and the dark behind them: each is what lies between two curves over x."""
+    s, (opening, width, rounding, teeth) = portrait.speaker, (float(value) for value in mouth)
+    where, u, v = part((-0.52, 0.52), (MOUTH_V - 0.24, MOUTH_V + 0.56))
+    lips, x, y = canvas[where][..., :3] / np.float32(255), u[0], v - MOUTH_V  # [H, W, 3], [W], [H, W]
+    gap, half, bite, clench = opening * 2 * s.mouth, s.mouth * width, max(-teeth, 0), max(teeth, 0)
+    t = np.clip(x / half, -1, 1)
+    within, arch, rest = band(np.abs(x), -1, half, 0.013), (1 - t ** 2) ** (1 - 0.45 * rounding), 0.016 * (1 - 2 * t ** 2) * (1 - rounding)
+    inner_top, inner_low = rest - 0.2 * gap * arch, rest + 0.8 * gap * arch
+    thick = s.lip * (1 + 0.5 * rounding - max(width - 1, 0))
+    outer_top = inner_top - thick * 0.85 * (1 - t ** 2) ** 0.8 * (1 - 0.25 * np.exp(-(t / 0.16) ** 2))
+    outer_low = inner_low + thick * (1 - 0.65 * bite) * (1 - t ** 2) ** 0.6
+
+    red = palette("skin", s.skin) * (0.92, 0.62 - 0.18 * s.lip_red, 0.64 - 0.15 * s.lip_red)
+    red = red * ((1 + 0.25 * s.light * t) * (1 + 0.03 * np.interp(t, np.linspace(-1, 1, 60), portrait.ripples)))[:, None]  # [W, 3]
+    up, low = (y - outer_top) / (inner_top - outer_top + 1e-3), (y - inner_low) / (outer_low - inner_low + 1e-3)  # 0..1 across each lip
+    paint(lips, red * (0.78 - 0.25 * np.clip(up, 0, 1) ** 2)[..., None], band(y, outer_top, inner_top + 0.01, 0.03) * within)
+    low = np.clip(low, 0, 1)
+    paint(lips, red * (0.8 + 0.3 * np.exp(-((low - 0.4) / 0.25) ** 2) - 0.25 * low ** 3)[..., None], band(y, inner_low - 0.01, outer_low, 0.03) * within)
+    paint(lips, red * 0.25, 0.9 * band(y, inner_top - 0.008, inner_low + 0.008, 0.016) * band(np.abs(x), -1, half + 0.01, 0.03))  # the line between
+
+    inside = np.full_like(lips, (0.13, 0.035, 0.035))
+    tongue = inner_low - (0.04 + 0.28 * gap) * np.sqrt(np.maximum(1 - (x / (0.8 * half)) ** 2, 0))
+    flesh = np.array([0.62, 0.24, 0.26]) + s.tongue * np.array([0.15, 0.2, 0.15])
+    paint(inside, flesh * ((0.8 - 1.4 * np.abs(y - tongue - 0.06)) * (1 - 0.25 * np.exp(-(x / 0.02) ** 2)))[..., None], band(y, tongue, 9, 0.03) * (1 - 0.7 * clench))
+    tip = s.tooth_length - 0.10  # the upper row stays with the skull, the lower one goes with the jaw
+    draw_teeth(inside, x, y, tip + 0.01 * bite, 1, s)
+    draw_teeth(inside, x, y, tip + max(0.8 * gap * (1 - clench) - 0.03 - 0.2 * max(width - 1, 0), -0.01), -1, s)
+    inside *= (1 - 0.45 * np.exp(-((y - inner_top) / 0.03) ** 2) - 0.3 * np.abs(t) ** 3)[..., None]  # shadow of the upper lip and the corners
+    paint(lips, inside, band(y, inner_top, inner_low, 0.013) * within)
+    canvas[where][..., :3] = to_bytes(lips)
+
+
+def draw_teeth(inside, x, y, tip, up, s):
+    """A row of teeth with its biting edge at height `tip`; up = 1: the upper row, -1: the lower, smaller one."""
+    sizes = np.array([1, 0.8, 0.85, 0.75, 0.75]) * s.tooth * (0.86 + 0.14 * up)
+    ends = np.cumsum([max(s.tooth_gap, 0), *sizes])
+    number = np.clip(np.searchsorted(ends, np.abs(x)) - 1, 0, 4)
+    across = np.clip((np.abs(x) - ends[number]) / sizes[number], 0, 1) * 2 - 1  # -1..1 within a tooth
+    edge = tip - up * (np.array([0, 0.018, 0.004, 0.02, 0.03])[number] + 0.016 * across ** 4 + 0.1 * x ** 2)
+    white = np.array([0.84, 0.82 - 0.07 * s.tooth_yellow, 0.79 - 0.24 * s.tooth_yellow]) + 0.05 * up
+    light = (1 - 0.5 * across ** 8 - 0.1 * across ** 2) * np.clip(1.05 - 2 * x ** 2, 0.3, 1)
+    paint(inside, white * light[:, None], band(up * (edge - y), 0, 9, 0.012) * band(np.abs(x), ends[0], ends[-1], 0.012))
+
+
+def render(portrait, mouth, pose=(0, 0, 0, 1, 0, 0), blink=0.0, gaze=(0, 0), light=0.5, gain=1.0, place=0):
+    """mouth (opening, width, rounding, teeth); pose (x px, y px, roll rad, scale, yaw, pitch); blink, light 0..1 -> uint8 RGB [720, 1280, 3]
+
+    place: px that the speaker sits right of the middle, -160..160; pose is relative to it."""
+    s, (dx, dy, roll, scale, yaw, pitch) = portrait.speaker, (float(value) for value in pose)
+    canvas = cv2.addWeighted(portrait.lit[0], 1 - light, portrait.lit[1], light, 0)
+
+    where, u, v = part((-1, 1), (MOUTH_V - 0.5, 1.95))  # the jaw: pixels below the mouth slide down, in the cheeks from higher up
+    upper = MOUTH_V - 0.5 * ramp(np.abs(u), 0.2, 0.7)
+    drop = 0.8 * float(mouth[0]) * 2 * s.mouth * ramp(v, upper, upper + 0.45) * ramp(np.abs(u), 1.0, 0.82)
+    canvas[where] = cv2.remap(canvas, u * UNIT + CENTRE[0], (v - drop) * UNIT + CENTRE[1], cv2.INTER_LINEAR)
+    draw_eyes(canvas, s, blink, gaze)
+    draw_mouth(canvas, portrait, mouth)
+
+    y, x = np.arange(CANVAS[0], dtype=np.float32)[:, None], np.arange(CANVAS[1], dtype=np.float32)  # yaw and pitch shift what is nearer to us further
+    canvas = cv2.remap(canvas, x - yaw * UNIT * portrait.depth, y - pitch * UNIT * portrait.depth, cv2.INTER_LINEAR)
+    turn = cv2.getRotationMatrix2D(CENTRE, np.degrees(roll), scale * s.size / UNIT)
+    left, width = int(640 + place + dx) - 270, 540  # the head's share of the picture
+    turn[:, 2] += 640 + place + dx - left - CENTRE[0], 320 + dy - CENTRE[1]
+    head = cv2.warpAffine(canvas, turn, (width, 720))
+    frame = portrait.room[:, 160 - place:1440 - place].copy()
+    alpha, behind = cv2.extractChannel(head, 3) / np.float32(255), frame[:, left:left + width]
+    behind[:] = cv2.blendLinear(cv2.cvtColor(head, cv2.COLOR_RGBA2RGB), behind, alpha, 1 - alpha)
+    return cv2.convertScaleAbs(frame, dst=frame, alpha=gain)
+
+
+# ---- demo: clips -------------------------------------------------------------------------------------------------------------------
+
+
+def draw_clip(path, speaker, seed, seconds=5.0):
+    """Writes NAME.mp4, its syllables (NAME.txt) and its true mouth (NAME.csv: frame, and opening, width, rounding as in SOUNDS).
+
+    speaker: a Speaker; equal arguments give equal clips. Raises BadInput if the folder cannot be written."""
+    rng, path, portrait = np.random.default_rng(seed), Path(path), portrait_of(speaker)
+    syllables, mouth, controls = syllable_timeline(rng, seconds, speaker.articulation * rng.uniform(0.85, 1.1))
+    sound, times = synthesize(speaker, controls, rng), np.arange(len(mouth)) / FPS
+    place, pose = int(rng.integers(-150, 151)), np.array([0, 0, 0, 1, 0, 0]) + np.stack(
+        [size * drift(rng, times, hz) for size, hz in ((25, 0.5), (12, 0.5), (0.05, 0.5), (0.03, 0.3), (0.09, 0.5), (0.05, 0.5))], 1)  # [T, 6]
+    blink = np.exp(-((times[:, None] - np.cumsum(rng.uniform(1, 4, int(seconds) + 2))) / 0.07) ** 4).sum(1).clip(0, 1)
+    gaze = np.repeat(rng.uniform(-0.03, 0.03, (len(times) // 20 + 1, 2)), 20, 0)
+    light, gain = (0.5 + 0.5 * drift(rng, times, 0.3)).clip(0, 1), 1 + 0.06 * drift(rng, times, 0.4) + rng.uniform(-0.08, 0.08)
+    with VideoWriter(path, sound) as video:
+        for i in range(len(mouth)):
+            video.write(render(portrait, mouth[i], pose[i], blink[i], gaze[i], light[i], gain[i], place))
+    path.with_suffix(".txt").write_text(" ".join(syllable for syllable, *_ in syllables) + "\n")
+    rows = "".join(f"{i},{opening:.5f},{width:.5f},{rounding:.5f}\n" for i, (opening, width, rounding, _) in enumerate(mouth))
+    path.with_suffix(".csv").write_text("frame,opening,width,rounding\n" + rows)
+
+
+def draw_numbered(number, out_dir, clips, speakers, seed, seconds):
+    cv2.setNumThreads(1)
+    who, take = divmod(number, -(-clips // speakers))  # all takes of one speaker in turn
+    path = Path(out_dir) / f"speaker{who:03d}_{take:03d}.mp4"
+    draw_clip(path, Speaker.draw([seed, 0, who]), [seed, 1, who, take], seconds)
+    return path
+
+
+def draw_demo(out_dir, clips=20, speakers=4, seed=0, workers=None, seconds=5.0):
+    """Draws clips of `speakers` people, speaker by speaker. -> list of paths"""
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    draw = partial(draw_numbered, out_dir=out_dir, clips=clips, speakers=speakers, seed=seed, seconds=seconds)
+    with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
+        return list(tqdm(pool.imap(draw, range(clips)), total=clips, unit="clip", desc="draw"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="S1: videos -> training clips; or draw a demo corpus.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="DIR", help="folder of videos; clips go to DIR/.clips")
+    what.add_argument("--demo", metavar="DIR", help="draw talking heads into this folder")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--shard", metavar="i/n", help="only the i-th of n equal shares of the videos (i = 1..n), for n machines")
+    parser.add_argument("--face-detector", metavar="ONNX", help="yolov8-face model for the face box (default: the landmarks' box)")
+    parser.add_argument("--transcribe", metavar="MODEL", help="whisper model that writes down clips without text (default: none)")
+    parser.add_argument("--refs-sheet", metavar="PNG", help="also draw the reference frames of up to 20 clips into this picture")
+    parser.add_argument("--clips", type=int, default=20, help="demo clips to draw, 5 s each (default: 20)")
+    parser.add_argument("--speakers", type=int, default=4, help="demo speakers (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="demo seed (default: 0)")
+    args = parser.parse_args()
+    if args.demo:
+        draw_demo(args.demo, clips=args.clips, speakers=args.speakers, seed=args.seed)
+        return
+    print_report(prepare(args.data, args.workers, parse_shard(args.shard), args.face_detector, args.transcribe))
+    if args.refs_sheet:
+        refs_sheet(list_clips(args.data)[:20], args.refs_sheet)
+
+
+def parse_shard(text):
+    if text is None:
+        return None
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) <= int(n) and int(n) > 0):
+        raise BadInput(f"--shard {text}: must be i/n, for example 1/4")
+    return int(i), int(n)
+
+
+if __name__ == "__main__":
+    cli(main)

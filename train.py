@@ -1,0 +1,773 @@
+"""S3: trains the sync expert, the lip reader, and then the generator against both.
+
+    stage     | code                   | patent
+    sync      | sync_step              | S3(1): syncXnet, trained as SyncNet was, robust to noise
+    lip       | lip_step               | S3(2): the lip reader
+    generator | generator_step         | S3: five losses, Adam, warm-up, cosine, frozen experts
+    eval      | evaluate, measure_clip | the held-out table, with its baselines
+    all       | fit                    | one loop for the three: schedule, log, checkpoint, resume
+
+`python train.py --data DIR --preset edge` runs what is not yet done and ends with the table. RUN/ holds config.json,
+log.csv, samples/, curves.png, the resumable sync.pt, lip.pt, generator.pt, and weights.pt for infer.py.
+Axes as in lipsync.py.
+"""
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import time
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as fn
+from tqdm import tqdm
+
+import data
+import experts
+import lipsync
+import losses
+from lipsync import FPS, BadInput
+
+STAGES = ("sync", "lip", "generator")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every number of a training run; each is a flag. Weights and schedules of the losses are here, none in code."""
+    data: str = ""                   # folder of talking-head videos
+    out: str = "run"                 # folder for checkpoints, log and pictures
+    preset: str = "edge"             # size of the network: full, edge, tiny
+    stage: str = "all"               # all, sync, lip, generator or eval
+    audio_encoder: str = ""          # whisper name or file, wav2vec2:.., hubert:.., scratch; empty: the preset's
+    decoder: str = ""                # spade or conv; empty: the preset's
+    refs: int = 0                    # reference pictures R; 0: the preset's
+    spacing: int = 0                 # of the audio window, frames; 0: the preset's
+    one_way: bool = False            # fusion without audio looking at the image (ablation)
+    no_mask: bool = False            # fusion without the upper-half mask (ablation)
+    no_copy: bool = False            # decoder without ReferenceCopy: the patent's plain Sigmoid
+    random_refs: bool = False        # references drawn at random instead of by the rule (ablation)
+    steps: int = 20_000              # optimizer steps of the generator
+    sync_steps: int = 4_000          # of the sync expert
+    lip_steps: int = 4_000           # of the lip reader
+    batch: int = 16                  # groups of S frames per step and process (S3)
+    group: int = 5                   # S, frames of a group (S3(1))
+    micro: int = 0                   # groups per forward; fewer than batch accumulates gradients; 0: batch
+    lr: float = 1e-4                 # Adam's, after warm-up (S3)
+    expert_lr: float = 1e-3          # of the two experts
+    warmup: float = 0.03             # share of the steps in which the rate rises from 0
+    rec_weight: float = 1.0          # reconstruction loss
+    mouth_weight: float = 4.0        # extra weight of the mouth's pixels inside it; 0 = the patent
+    sync_weight: float = 0.03        # sync loss
+    lip_weight: float = 1e-3         # lip-reading loss
+    perceptual_weight: float = 0.01  # perceptual loss, sum over scales
+    gan_weight: float = 0.01         # adversarial loss
+    sync_start: float = 0.3          # share of the steps before sync and lip losses enter
+    gan_start: float = 0.5           # share of the steps before the adversarial loss enters
+    gan: str = "non_saturating"      # or patent
+    vgg: str = "imagenet"            # perceptual features: imagenet, a weight file, or random
+    amplitude_share: float = 0.3     # share of samples that teach the amplitude coefficient
+    expert_size: str = "small"       # small or full experts
+    sync_audio: str = ""             # what the sync expert hears: features (whisper's) or mel; empty: by encoder
+    min_sync_accuracy: float = 0.75  # below it the generator refuses to train on the expert
+    held_out: str = ""               # comma-separated names (glob) of videos never trained on, beside a hashed tenth
+    weights: str = ""                # start from this checkpoint
+    resume: bool = False             # continue the run in --out
+    seed: int = 0
+    workers: int = 1                 # loader processes
+    device: str = "auto"             # auto, cpu, cuda, cuda:1
+    checkpointing: bool = False      # recompute activations: less memory, more time
+    compile: bool = False            # torch.compile the generator
+    save_minutes: float = 5.0        # between checkpoints
+    sample_steps: int = 500          # between sample pictures
+    eval_clips: int = 40             # held-out clips measured by eval, spread over folders
+
+
+# ---------------------------------------------------------------- what a run is made of
+class Run:
+    """The parts of a run that never change while it runs: config, device, clips, loaders; no training state."""
+
+    def __init__(self, config):
+        self.config, self.device = config, lipsync.pick_device(config.device)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.out = pathlib.Path(config.out)
+        if self.rank == 0 and (not data.list_clips(config.data) or data.list_videos(config.data)):
+            data.print_report(data.prepare(config.data))             # a folder of prepared clips alone is fine, too
+        if self.world > 1:
+            torch.distributed.barrier()
+        self.clips, self.held_out = data.split_clips(data.list_clips(config.data), config.held_out)
+        self.net_config, self.audio_encoder = network_config(config)
+        self.audio_encoder.to(self.device)
+        self.sync_audio = config.sync_audio or ("features" if self.audio_encoder.frozen else "mel")
+
+    def loader(self, dataset, first, last, batch):
+        """Batches first..last of an endless dataset: batch b of this process holds its own fixed sample numbers."""
+        order = [((b * self.world + self.rank) * batch + i) for b in range(first, last) for i in range(batch)]
+        return torch.utils.data.DataLoader(dataset, batch, sampler=order, num_workers=self.config.workers,
+                                           collate_fn=getattr(dataset, "collate", None), prefetch_factor=4 if self.config.workers else None)
+
+
+def network_config(config):
+    """The preset, or the config inside --weights, with what the flags change; and its audio encoder. -> Config, encoder"""
+    saved = lipsync.load_checkpoint(config.weights) if config.weights else None
+    base = lipsync.Config(**saved["config"]) if saved else lipsync.PRESETS[config.preset]
+    changes = {name: getattr(config, name) for name in ("audio_encoder", "decoder", "refs", "spacing") if getattr(config, name)}
+    changes.update({field: False for flag, field in (("one_way", "bidirectional"), ("no_mask", "mask_upper"), ("no_copy", "copy"))
+                    if getattr(config, flag)}, checkpointing=config.checkpointing)
+    net_config = dataclasses.replace(base, **changes)
+    encoder = lipsync.build_audio_encoder(net_config, saved and not config.audio_encoder and saved["audio_encoder"] or None)
+    family, source = lipsync.parse_audio_encoder(net_config.audio_encoder)
+    name = f"{family}:{pathlib.Path(source).stem}" if source else family         # no path of this machine in the checkpoint
+    return dataclasses.replace(net_config, audio_encoder=name, audio_dim=encoder.dim), encoder
+
+
+def prepare_features(run, noisy=False):
+    """A frozen audio encoder hears every clip once; its features lie beside the clip, float16 [T, D].
+
+    noisy: also of the clip with noise, gain and reverb, which the sync expert learns to see through.
+    """
+    name = run.net_config.audio_encoder
+    jobs = [(clip, n) for clip in run.clips + run.held_out for n in ([False, True] if noisy else [False])
+            if not data.feature_path(clip, name, n).is_file()]
+    if not run.audio_encoder.frozen:
+        return
+    for path, noise in tqdm(jobs[run.rank::run.world], desc="audio features", unit="clip", disable=not jobs):
+        clip = data.load_clip(path)
+        wave = clip.wave.astype(np.float32) / 32768
+        if noise:
+            wave = experts.corrupt_sound(wave, np.random.default_rng([run.config.seed, data.hash_of(path.name)]))
+        features = run.audio_encoder(torch.from_numpy(wave)[None].to(run.device))[0]             # [T, D]
+        features = fn.pad(features.mT[None], (0, max(0, len(clip) - len(features))), mode="replicate")[0].mT
+        target = data.feature_path(path, name, noise)
+        temporary = target.with_name(f".{os.getpid()}.{target.name}")
+        np.save(temporary, features[:len(clip)].half().cpu().numpy())
+        os.replace(temporary, target)
+    if run.world > 1:
+        torch.distributed.barrier()
+
+
+# ---------------------------------------------------------------- one loop for the three stages
+@dataclass
+class Task:
+    """What `fit` trains: parts with state_dict (modules, optimizers, schedulers), the step, the samples, the file."""
+    name: str
+    parts: dict                      # name -> module, optimizer or scheduler; all of it is saved and resumed
+    step: object                     # (batch, step number) -> {loss name: float}; does backward and optimizer steps
+    dataset: object
+    steps: int
+    batch: int
+    frames: int                      # video frames per step and process, for frames/s
+    content: object                  # () -> dict that goes into the checkpoint beside the state
+    sample: object = None            # step number -> None, writes pictures
+
+
+def adam(parameters, lr, steps, warmup):
+    """Adam, rate rising from 0 in `warmup` of the steps, then CosineAnnealingLR to 0 (S3). -> optimizer, scheduler"""
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
+    rising = max(1, round(steps * warmup))
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / rising),
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rising))], milestones=[rising])
+
+
+def update(run, modules, optimizer, scheduler):
+    """Average gradients over processes, clip them to norm 1, step. -> the norm before clipping"""
+    parameters = [p for m in modules for p in m.parameters() if p.grad is not None]
+    if run.world > 1:
+        for p in parameters:
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= run.world
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def fit(run, task):
+    """Train task.parts to task.steps; returns False if a signal stopped it early. Resumes if asked to."""
+    config, path, first = run.config, run.out / f"{task.name}.pt", 0
+    if config.resume and path.is_file():
+        saved = lipsync.load_checkpoint(path, task.content()["kind"])
+        for name, part in task.parts.items():
+            part.load_state_dict(saved["state"][name])
+        first = saved["step"]
+        torch.set_rng_state(saved["random"])
+    stop = []
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def save(step):
+        if run.rank == 0:
+            state = {name: part.state_dict() for name, part in task.parts.items()}
+            lipsync.save_checkpoint(path, {**task.content(), "state": state, "step": step, "random": torch.get_rng_state()})
+
+    if first == 0:
+        save(0)                                   # a full disk or a wrong folder shows before the work, not after it
+    log = Log(run.out / "log.csv", task.name, first) if run.rank == 0 else None
+    bar = tqdm(total=task.steps, initial=first, desc=task.name, unit="step", disable=run.rank > 0, mininterval=1)
+    saved_at = waited = began = time.perf_counter()
+    waiting = 0.0
+    step = first
+    try:
+        for batch in run.loader(task.dataset, first, task.steps, task.batch):
+            waiting += time.perf_counter() - waited
+            figures = task.step({k: v.to(run.device, non_blocking=True) for k, v in batch.items()}, step)
+            bad = [k for k, v in figures.items() if not math.isfinite(v)]
+            if bad:
+                names = ", ".join(sorted({pathlib.Path(run.clips[int(i)]).name for i in batch["clip"]}))
+                raise BadInput(f"{task.name}: {', '.join(bad)} is not finite at step {step}; clips of the batch: {names}; "
+                               f"the last good checkpoint is {path}")
+            step += 1
+            bar.update()
+            if log and (step % 20 == 0 or step == task.steps):
+                passed = time.perf_counter() - began
+                figures.update(frames_per_s=20 * task.frames * run.world / passed, loader_share=waiting / passed)
+                log.write(step, figures)
+                bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items() if k in ("total", "accuracy", "frames_per_s")})
+                began, waiting = time.perf_counter(), 0.0
+            if task.sample and run.rank == 0 and (step % config.sample_steps == 0 or step == task.steps):
+                task.sample(step)
+            if stop or time.perf_counter() - saved_at > 60 * config.save_minutes:
+                save(step)
+                saved_at = time.perf_counter()
+                if stop:
+                    break
+            waited = time.perf_counter()
+    finally:
+        bar.close()
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    if not stop:
+        save(step)
+    if log:
+        draw_curves(log.path, run.out / "curves.png")
+    return not stop
+
+
+class Log:
+    """RUN/log.csv: a row each 20 steps. Rows that a resumed run will write again are dropped first."""
+    COLUMNS = ("stage", "step", "total", "reconstruction", "perceptual", "sync", "lip", "gan", "discriminator", "accuracy",
+               "lr", "grad_norm", "frames_per_s", "loader_share")
+
+    def __init__(self, path, stage, first):
+        rows = list(csv.DictReader(open(path))) if path.is_file() else []
+        rows = [r for r in rows if r["stage"] != stage or int(r["step"]) <= first]
+        self.path, self.stage = path, stage
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, step, figures):
+        with open(self.path, "a", newline="") as file:
+            row = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in figures.items()}
+            csv.DictWriter(file, self.COLUMNS).writerow({"stage": self.stage, "step": step, **row})
+
+
+def draw_curves(log, png, width=480, height=220):
+    """log.csv -> one panel per stage and loss, step to the right, with first and last value."""
+    rows, panels = list(csv.DictReader(open(log))), []
+    for stage in STAGES:
+        for name in Log.COLUMNS[2:10]:
+            points = [(int(r["step"]), float(r[name])) for r in rows if r["stage"] == stage and r[name]]
+            if len(points) > 1 and not (name == "total" and stage != "generator"):
+                steps, values = np.array(points).T
+                span = max(np.ptp(values), 1e-9)
+                x = 10 + (width - 20) * (steps - steps[0]) / max(np.ptp(steps), 1)
+                y = height - 12 - (height - 50) * (values - values.min()) / span
+                panel = np.full((height, width, 3), 255, np.uint8)
+                cv2.polylines(panel, [np.stack([x, y], 1).round().astype(np.int32)], False, (160, 60, 20), 1, cv2.LINE_AA)
+                title = f"{stage} {name}: {values[0]:.3g} .. {values[-1]:.3g}, steps {int(steps[0])} .. {int(steps[-1])}"
+                cv2.putText(panel, title, (10, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+                panels.append(panel)
+    panels += [np.full((height, width, 3), 255, np.uint8)] * (-len(panels) % 2 or (0 if panels else 2))
+    cv2.imwrite(str(png), np.vstack([np.hstack(panels[i:i + 2]) for i in range(0, len(panels), 2)]))
+
+
+# ---------------------------------------------------------------- the experts
+def halves(pictures):
+    """uint8 lower halves [..., 3, h, w] -> float 0..1"""
+    return pictures.float() / 255
+
+
+def sync_task(run):
+    """S3(1): in-sync or not, for S frames and their sound; half of the wrong sounds come from the same clip."""
+    config = run.config
+    prepare_features(run, noisy=True)
+    net = experts.SyncXNet(config.expert_size, run.sync_audio, run.net_config.audio_dim).to(run.device)
+    net.to(memory_format=torch.channels_last)
+    optimizer, scheduler = adam(net.parameters(), config.expert_lr, config.sync_steps, config.warmup)
+
+    def step(batch, number):
+        net.train()
+        with lipsync.autocast(run.device):
+            pictures = experts.jitter_pictures(halves(batch["pictures"]))        # [B, S, 3, h, w]
+            loss, accuracy = experts.sync_batch_loss(net, pictures, batch["sound"], foreign_sounds(batch))
+        loss.backward()
+        norm = update(run, [net], optimizer, scheduler)
+        return dict(total=loss.item(), sync=loss.item(), accuracy=float(accuracy), lr=scheduler.get_last_lr()[0], grad_norm=norm)
+
+    dataset = data.SyncDataset(run.clips, run.net_config, config.group, config.seed, run.sync_audio)
+    return Task("sync", dict(net=net, optimizer=optimizer, scheduler=scheduler), step, dataset, config.sync_steps,
+                4 * config.batch, 4 * config.batch * config.group, lambda: {"kind": "sync", "arch": net.arch})
+
+
+def foreign_sounds(batch):
+    """Sounds that do not belong: K of the same clip, K of others. sound [B, ...], wrong [B, K, ...] -> [B, 2K, ...]
+
+    A neighbour in the batch lends its sound; if it shows the same clip, this clip's own wrong sound stands in."""
+    others = []
+    for k in range(batch["wrong"].shape[1]):
+        same = (batch["clip"] == batch["clip"].roll(k + 1, 0)).view(-1, *[1] * (batch["sound"].dim() - 1))
+        others.append(torch.where(same, batch["wrong"][:, k], batch["sound"].roll(k + 1, 0)))
+    return torch.cat([batch["wrong"], torch.stack(others, 1)], 1)
+
+
+def lip_task(run):
+    """S3(2): the text of a whole clip from its lower halves."""
+    config = run.config
+    clips = [p for p in run.clips if data.load_clip(p).text]
+    if not clips:
+        return None
+    net = experts.LipReader(config.expert_size).to(run.device)
+    optimizer, scheduler = adam(net.parameters(), config.expert_lr, config.lip_steps, config.warmup)
+
+    def step(batch, number):
+        net.train()
+        with lipsync.autocast(run.device):
+            loss = experts.lip_batch_loss(net, experts.jitter_pictures(halves(batch["video"])), batch["tokens"], batch["length"])
+        loss.backward()
+        norm = update(run, [net], optimizer, scheduler)
+        return dict(total=loss.item(), lip=loss.item(), lr=scheduler.get_last_lr()[0], grad_norm=norm)
+
+    return Task("lip", dict(net=net, optimizer=optimizer, scheduler=scheduler), step,
+                data.SentenceDataset(clips, config.seed), config.lip_steps, config.batch,
+                config.batch * data.CLIP_SECONDS * FPS, lambda: {"kind": "lip", "arch": net.arch})
+
+
+def load_experts(run):
+    """The experts trained by this run, frozen: [sync or None, reader or None]"""
+    nets = []
+    for name in ("sync", "lip"):
+        path, net = run.out / f"{name}.pt", None
+        if path.is_file():
+            saved = lipsync.load_checkpoint(path, name)
+            net = freeze(experts.load_expert({"arch": saved["arch"], "state": saved["state"]["net"]}).to(run.device))
+            net.accuracy = saved.get("accuracy", 0.0)
+        nets.append(net)
+    return nets
+
+
+@torch.no_grad()
+def grade_sync(run, task, samples=200):
+    """Held-out accuracy of the sync expert (cosine over 0.5 for true sound, under it for the same clip's wrong ones), into its file."""
+    dataset = data.SyncDataset(run.held_out or run.clips, run.net_config, run.config.group, seed=1, sync_audio=run.sync_audio)
+    net, right = task.parts["net"].eval(), []
+    for i in range(0, samples, 20):
+        batch = torch.utils.data.default_collate([dataset[j] for j in range(i, i + 20)])
+        _, accuracy = experts.sync_batch_loss(net, halves(batch["pictures"].to(run.device)), batch["sound"].to(run.device),
+                                              batch["wrong"].to(run.device))
+        right.append(float(accuracy))
+    path = run.out / "sync.pt"
+    content = lipsync.load_checkpoint(path, "sync")
+    lipsync.save_checkpoint(path, {**content, "accuracy": float(np.mean(right))})
+    print(f"sync: accuracy {np.mean(right):.3f} on {samples} held-out groups")
+
+
+def freeze(module):
+    """No gradient to its weights, eval mode for good: BatchNorm statistics stay, whatever calls train(). (S3)"""
+    module.eval().requires_grad_(False)
+    module.train = lambda mode=True: module
+    return module
+
+
+# ---------------------------------------------------------------- the generator
+def network_inputs(run, batch, audio_encoder):
+    """A batch of B groups -> what LipSync.forward takes, with B S rows, and the target.
+
+    -> refs [BS, R, 3, H, W], masked [BS, 3, H, W], audio [BS, F, D], amplitude [BS], target [BS, 3, H, W].
+    Gamma and brightness (S3) are the same for all pictures of a group.
+    """
+    B, S = batch["target"].shape[:2]
+    shade = lambda x: ((x.float() / 255) ** batch["gamma"].view(-1, 1, 1, 1, 1)
+                       * batch["brightness"].view(-1, 1, 1, 1, 1)).clamp(0, 1)
+    refs = shade(batch["refs"]).repeat_interleave(S, 0)              # [BS, R, 3, H, W]
+    target = shade(batch["target"]).flatten(0, 1)                    # [BS, 3, H, W]
+    if "audio" in batch:
+        audio = batch["audio"].flatten(0, 1)                         # [BS, F, D]
+    else:
+        features = audio_encoder.encode_mel(batch["mel"])            # [B, P, D]
+        audio = features[torch.arange(B, device=features.device)[:, None, None], batch["window"]].flatten(0, 1)
+    return refs, target * lipsync.half_mask(target), audio, batch["amplitude"].flatten(), target
+
+
+def mouth_mask(boxes, size):
+    """boxes [B, 4] px (x0, y0, x1, y1) -> [B, 1, H, W], 1 inside"""
+    at = torch.arange(size, device=boxes.device)
+    inside = lambda low, high: (at >= low[:, None]) & (at < high[:, None])       # [B, size]
+    return (inside(boxes[:, 1], boxes[:, 3])[:, None, :, None] & inside(boxes[:, 0], boxes[:, 2])[:, None, None, :]).float()
+
+
+def lip_term(run, reader, output, batch):
+    """S3(2): the S generated frames of one group replace the real ones in their clip, and the whole sentence is read.
+
+    output [B, S, 3, h, w] lower halves. -> scalar, or None if no in-sync group of the batch has a text.
+    """
+    S = output.shape[1]
+    for b in range(len(output)):
+        clip = data.load_clip(run.clips[int(batch["clip"][b])])
+        if clip.text and bool(batch["in_sync"][b]):
+            video = halves(torch.from_numpy(data.lower_halves(clip, range(len(clip))))).to(output)   # [T, 3, h', w']
+            video = (video ** batch["gamma"][b] * batch["brightness"][b]).clamp(0, 1)
+            made = fn.interpolate(output[b], size=video.shape[-2:], mode="area")
+            made = made.flip(-1) if batch["flip"][b] else made
+            start = int(batch["start"][b])
+            video = torch.cat([video[:start], made, video[start + S:]])[None]    # [1, T, 3, h', w']
+            tokens = torch.tensor([experts.encode_text(clip.text)], device=output.device)    # [1, N]
+            return losses.lip_reading_loss(reader(video, tokens), tokens, experts.PAD)
+    return None
+
+
+def generator_task(run):
+    """The step of S3: L = rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts frozen."""
+    config = run.config
+    prepare_features(run)
+    sync, reader = load_experts(run)
+    reasons = loss_report(run, sync, reader)
+    sync = None if sync and sync.accuracy < config.min_sync_accuracy else sync
+    net = lipsync.LipSync(run.net_config).to(run.device, memory_format=torch.channels_last)
+    audio_encoder = run.audio_encoder
+    if config.weights:
+        start_from(net, audio_encoder, config.weights)
+    modules = [net] + ([] if audio_encoder.frozen else [audio_encoder])
+    optimizer, scheduler = adam([p for m in modules for p in m.parameters()], config.lr, config.steps, config.warmup)
+    judge = losses.Discriminator().to(run.device, memory_format=torch.channels_last)
+    judge_optimizer, judge_scheduler = adam(judge.parameters(), config.lr, round(config.steps * (1 - config.gan_start)), config.warmup)
+    perceptual = losses.PerceptualLoss(config.vgg).to(run.device) if config.perceptual_weight else None
+    if run.rank == 0:
+        print("losses: " + "; ".join(f"{k} {v}" for k, v in reasons.items()))
+    forward = torch.compile(net) if config.compile else net
+    size, micro = run.net_config.image_size, config.micro or config.batch
+
+    def one(part, number):
+        """Losses of some groups, with gradients: {name: tensor}"""
+        progress = number / config.steps
+        with lipsync.autocast(run.device):
+            refs, masked, audio, amplitude, target = network_inputs(run, part, audio_encoder)
+            output = forward(refs, masked, audio, amplitude)         # [BS, 3, H, W]
+            low = output[:, :, size // 2:]                           # [BS, 3, H/2, W]
+            terms = {"reconstruction": (config.rec_weight, losses.reconstruction_loss(
+                output, target, config.mouth_weight, mouth_mask(part["mouth"].flatten(0, 1), size)))}
+            if perceptual is not None:
+                terms["perceptual"] = config.perceptual_weight, perceptual(output, target)
+            if config.sync_weight and sync is not None and progress >= config.sync_start and part["in_sync"].any():
+                groups = low.unflatten(0, (-1, config.group))[part["in_sync"]]
+                terms["sync"] = config.sync_weight, losses.sync_loss(sync.embed_audio(part["sync"][part["in_sync"]]),
+                                                                     sync.embed_video(groups))
+            if config.lip_weight and reader is not None and progress >= config.sync_start:
+                term = lip_term(run, reader, low.unflatten(0, (-1, config.group)), part)
+                terms.update({} if term is None else {"lip": (config.lip_weight, term)})
+            if config.gan_weight and progress >= config.gan_start:
+                terms["gan"] = config.gan_weight, losses.generator_loss(judge(low), config.gan)
+        total = sum(weight * term for weight, term in terms.values())
+        return total, {k: v.item() for k, (_, v) in terms.items()}, low.detach(), target[:, :, size // 2:]
+
+    def step(batch, number):
+        net.train(), audio_encoder.train()
+        figures, count = {}, -(-config.batch // micro)
+        pairs = []
+        for i in range(count):
+            total, terms, fake, real = one({k: v[i * micro:(i + 1) * micro] for k, v in batch.items()}, number)
+            (total / count).backward()
+            pairs.append((fake, real))
+            for k, v in {"total": total.item(), **terms}.items():
+                figures[k] = figures.get(k, 0) + v / count
+        figures.update(grad_norm=update(run, modules, optimizer, scheduler), lr=scheduler.get_last_lr()[0])
+        judge_optimizer.zero_grad(set_to_none=True)                  # what the generator's step left there
+        if "gan" in figures:
+            for fake, real in pairs:
+                with lipsync.autocast(run.device):
+                    loss = losses.discriminator_loss(judge(real), judge(fake)) / count
+                loss.backward()
+                figures["discriminator"] = figures.get("discriminator", 0) + loss.item()
+            update(run, [judge], judge_optimizer, judge_scheduler)
+        return figures
+
+    samples = SampleSheet(run, net, audio_encoder)
+    parts = dict(net=net, audio=audio_encoder, optimizer=optimizer, scheduler=scheduler,
+                 judge=judge, judge_optimizer=judge_optimizer, judge_scheduler=judge_scheduler)
+    if audio_encoder.frozen:
+        del parts["audio"]
+    content = lambda: weights_content(run, net, audio_encoder, *load_experts(run))
+    dataset = data.ClipDataset(run.clips, run.net_config, config.group, config.seed, config.amplitude_share,
+                               config.random_refs, sync_audio=run.sync_audio)
+    return Task("generator", parts, step, dataset, config.steps, config.batch, config.batch * config.group, content, samples)
+
+
+def loss_report(run, sync, reader):
+    """Which losses run, from when on, and why one does not: {name: text}"""
+    c = run.config
+    report = {"reconstruction": f"{c.rec_weight}"}
+    report["perceptual"] = f"{c.perceptual_weight} ({c.vgg})" if c.perceptual_weight else "off (weight 0)"
+    since = f"from step {round(c.sync_start * c.steps)}"
+    report["sync"] = ("off (weight 0)" if not c.sync_weight else "off (no expert: --stage sync)" if sync is None else
+                      f"off (the expert's held-out accuracy {sync.accuracy:.2f} is below --min-sync-accuracy {c.min_sync_accuracy})"
+                      if sync.accuracy < c.min_sync_accuracy else f"{c.sync_weight} {since}")
+    report["lip"] = ("off (weight 0)" if not c.lip_weight else f"{c.lip_weight} {since}" if reader else
+                     "off (no lip reader: no clip has a text, or --stage lip has not run)")
+    report["gan"] = f"{c.gan_weight} ({c.gan}) from step {round(c.gan_start * c.steps)}" if c.gan_weight else "off (weight 0)"
+    return report
+
+
+def start_from(net, audio_encoder, path):
+    """--weights: copy a checkpoint's networks; a config that differs in shape is named field by field."""
+    content = lipsync.load_checkpoint(path)
+    saved, ours = content["config"], dataclasses.asdict(net.config)
+    try:
+        net.load_state_dict(content["model"])
+        if not audio_encoder.frozen:
+            audio_encoder.load_state_dict(content["audio_encoder"]["state"])
+    except RuntimeError:
+        differ = [f"{k} {saved.get(k)} there, {v} here" for k, v in ours.items() if tuple(np.ravel(saved.get(k))) != tuple(np.ravel(v))]
+        raise BadInput(f"{path}: does not fit this network: {'; '.join(differ) or 'other layers'}") from None
+
+
+def weights_content(run, net, audio_encoder, sync, reader, half=False):
+    """What a lipsync checkpoint holds for infer.py and experts.py: plain types and tensors."""
+    shrink = lambda module: {k: v.half() if half and v.is_floating_point() else v for k, v in module.state_dict().items()}
+    expert = lambda module: None if module is None else {"arch": module.arch, "state": shrink(module)}
+    notice = "openai/whisper encoder, MIT licence, Copyright (c) 2022 OpenAI" if "whisper" in run.net_config.audio_encoder else ""
+    recipe = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in ("data", "out", "weights", "audio_encoder")}
+    return {"kind": "lipsync", "config": dataclasses.asdict(run.net_config), "model": shrink(net),
+            "audio_encoder": {"dims": audio_encoder.dims, "state": shrink(audio_encoder)},
+            "sync": expert(sync), "lip": expert(reader),
+            "about": {"recipe": recipe, "notice": notice, "date": time.strftime("%Y-%m-%d"),
+                      "data": f"{len(run.clips)} training clips, {len(run.held_out)} held out"}}
+
+
+class SampleSheet:
+    """samples/STEP.png: reference | masked | output | truth, a row for each of some fixed held-out frames."""
+
+    def __init__(self, run, net, audio_encoder, rows=6):
+        self.run, self.net, self.audio_encoder = run, net, audio_encoder
+        clips = run.held_out or run.clips
+        dataset = data.ClipDataset(clips, run.net_config, run.config.group, seed=1, amplitude_share=0, augment=False,
+                                   sync_audio=run.sync_audio)
+        self.batch = torch.utils.data.default_collate([dataset[i] for i in range(rows)])
+
+    @torch.no_grad()
+    def __call__(self, step):
+        self.net.eval()
+        batch = {k: v.to(self.run.device) for k, v in self.batch.items()}
+        with lipsync.autocast(self.run.device):
+            refs, masked, audio, amplitude, target = network_inputs(self.run, batch, self.audio_encoder)
+            output = self.net(refs, masked, audio, amplitude)
+        self.net.train()
+        columns = [refs[:, 0], masked, output, target]
+        rows = torch.cat(columns, 3)[::self.run.config.group]        # [rows, 3, H, 4W]
+        sheet = (rows.permute(0, 2, 3, 1).flatten(0, 1).clamp(0, 1) * 255).byte().cpu().numpy()
+        folder = self.run.out / "samples"
+        folder.mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / f"{step:06d}.png"), sheet[..., ::-1])
+
+
+# ---------------------------------------------------------------- measuring (design: held-out clips, baselines on the same rows)
+def generate(net, clip, features, amplitude=1.0, device="cpu"):
+    """A clip redrawn from its own upper halves and `features` [T, D]. -> uint8 [T, 256, 256, 3]"""
+    size, config = net.config.image_size, net.config
+    picture = lambda i: cv2.resize(clip.frame(i), (size, size), interpolation=cv2.INTER_AREA)
+    stack = lambda frames: torch.from_numpy(np.stack([picture(i) for i in frames])).permute(0, 3, 1, 2).to(device).float() / 255
+    refs = stack(data.select_references(clip.shapes, clip.poses, config.refs))   # [R, 3, H, W]
+    windows = lipsync.AudioSelector(config)(features[None].to(device))[0]        # [T, F, D]
+    made = []
+    for start in range(0, len(clip), 8):
+        target = stack(range(start, min(start + 8, len(clip))))      # [n, 3, H, W]
+        with torch.inference_mode(), lipsync.autocast(torch.device(device)):
+            output = net(refs.expand(len(target), -1, -1, -1, -1), target * lipsync.half_mask(target),
+                         windows[start:start + 8], amplitude)
+        made.append((output.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    made = np.concatenate(made)
+    return made if size == data.CROP_PX else np.stack([cv2.resize(m, (data.CROP_PX,) * 2, interpolation=cv2.INTER_CUBIC) for m in made])
+
+
+def find_landmarks(tracker, pictures):
+    """MediaPipe on crops: uint8 [T, 256, 256, 3] -> float32 [T, 478, 2] px, gaps interpolated; None if no face at all."""
+    tracker.forget()
+    points = np.full((len(pictures), data.MESH_POINTS, 2), np.nan, np.float32)
+    for i, picture in enumerate(pictures):
+        faces = tracker.find(picture)
+        if faces:
+            points[i] = faces[0]
+    return data.fill_gaps(points) if np.isfinite(points).any() else None
+
+
+def correlation(a, b):
+    """Pearson r of two series; 0 if one of them does not move."""
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-9))
+
+
+def lag_of(made, true, reach=5):
+    """Shift in frames at which the correlation peaks; + = the made mouth is late."""
+    T = len(true)
+    scores = {s: correlation(made[max(0, s):T + min(0, s)], true[max(0, -s):T - max(0, s)]) for s in range(-reach, reach + 1)}
+    return max(scores, key=lambda s: (scores[s], -abs(s)))
+
+
+def ssim(a, b):
+    """Structural similarity of two uint8 pictures, on luma, Gaussian window of 1.5 px (Wang et al. 2004). 1 = the same."""
+    a, b = (cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float64) for x in (a, b))
+    blur = lambda x: cv2.GaussianBlur(x, (11, 11), 1.5)
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2, blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return float((((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean())
+
+
+def sharpness(picture, box):
+    """Variance of the Laplacian inside the box (x0, y0, x1, y1)."""
+    x0, y0, x1, y1 = box
+    return float(cv2.Laplacian(cv2.cvtColor(picture[y0:y1, x0:x1], cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
+
+
+def measure_pictures(made, clip, tracker, features, sync, reader, wave_features):
+    """One row of the table: what is made of a clip against what is true. made uint8 [T, 256, 256, 3]"""
+    half = data.CROP_PX // 2
+    true = np.stack([clip.frame(i) for i in range(len(clip))])       # [T, 256, 256, 3]
+    error = ((made[:, half:].astype(np.float64) - true[:, half:]) ** 2).mean((1, 2, 3))
+    boxes = mouth_boxes(clip.landmarks)
+    row = dict(psnr=float(np.mean(10 * np.log10(255 ** 2 / np.maximum(error, 1e-2)))),
+               ssim=float(np.mean([ssim(a, b) for a, b in zip(made[::5, half:], true[::5, half:])])),
+               sharpness=float(np.median([sharpness(m, b) / max(sharpness(t, b), 1e-6) for m, t, b in zip(made, true, boxes)])))
+    points = find_landmarks(tracker, made)
+    if points is not None:
+        lips = data.LIPS_INNER + data.LIPS_OUTER
+        shapes = data.mouth_shape(points)
+        row.update(r=correlation(shapes[:, 0], clip.shapes[:, 0]), lag=lag_of(shapes[:, 0], clip.shapes[:, 0]),
+                   opening=float(shapes[:, 0].mean()),
+                   lmd=float(np.linalg.norm(points[:, lips] - clip.landmarks[:, lips], axis=-1).mean()))
+    lower = torch.from_numpy(np.ascontiguousarray(made[:, half:].transpose(0, 3, 1, 2)))     # [T, 3, 128, 256]
+    lower = fn.interpolate(lower.float() / 255, scale_factor=0.5, mode="area")
+    if sync is not None:
+        row.update({k: v for k, v in experts.measure_offset(sync, lower, wave_features).items() if k in ("offset", "confidence")})
+    if reader is not None and clip.text:
+        row["cer"] = experts.character_error_rate(reader.read(lower[None])[0], clip.text)
+    return row
+
+
+def mouth_boxes(landmarks):
+    """[T, 478, 2] crop px -> int [T, 4] (x0, y0, x1, y1), the outer lips with a margin of a fifth"""
+    lips = landmarks[:, data.LIPS_OUTER]
+    low, high = lips.min(1), lips.max(1)
+    margin = (high - low).max(1, keepdims=True) * 0.2
+    return np.concatenate([low - margin, high + margin], 1).clip(0, data.CROP_PX).round().astype(int)
+
+
+def evaluate(run, weights):
+    """The held-out table: {folder: {row: {column: mean}}} for model, copy, silence, real, and the amplitude response."""
+    _, net, audio_encoder, sync, reader = lipsync.load_networks(weights, run.device)
+    by_folder = {}
+    for path in run.held_out:
+        by_folder.setdefault(pathlib.Path(data.clip_source(path)).parts[0] if "/" in data.clip_source(path) else ".", []).append(path)
+    each = max(1, run.config.eval_clips // max(1, len(by_folder)))
+    table = {}
+    with data.FaceTracker() as tracker:
+        chosen = [(f, p) for f, paths in by_folder.items() for p in paths[::max(1, len(paths) // each)][:each]]
+        for folder, path in tqdm(chosen, desc="eval", unit="clip"):
+            clip = data.load_clip(path)
+            wave = torch.from_numpy(clip.wave.astype(np.float32) / 32768)[None].to(run.device)
+            features = audio_encoder(wave)[0]                        # [T, D]
+            silent = audio_encoder(torch.zeros_like(wave))[0]
+            true = np.stack([clip.frame(i) for i in range(len(clip))])
+            copy = true.copy()
+            closed = data.select_references(clip.shapes, clip.poses, net.config.refs)[net.config.refs // 2]
+            copy[:, data.CROP_PX // 2:] = true[closed, data.CROP_PX // 2:]
+            heard = features if sync is None or sync.arch["audio"] == "features" else torch.from_numpy(clip.mel.astype(np.float32))
+            pictures = {"model": generate(net, clip, features, 1.0, run.device), "copy": copy,
+                        "silence": generate(net, clip, silent, 1.0, run.device), "real": true}
+            for name, made in pictures.items():
+                table.setdefault(folder, {}).setdefault(name, []).append(
+                    measure_pictures(made, clip, tracker, features, sync, reader, heard))
+            for amplitude in (0.5, 1.5):
+                points = find_landmarks(tracker, generate(net, clip, features, amplitude, run.device))
+                table[folder].setdefault(f"amplitude {amplitude}", []).append(
+                    {} if points is None else {"opening": float(data.mouth_shape(points)[:, 0].mean())})
+    mean = lambda rows: {k: float(np.mean([r[k] for r in rows if k in r])) for k in sorted({k for r in rows for k in r})}
+    return {folder: {name: {"clips": len(rows), **mean(rows)} for name, rows in names.items()} for folder, names in table.items()}
+
+
+def print_table(table):
+    columns = ("clips", "r", "lag", "lmd", "psnr", "ssim", "sharpness", "opening", "offset", "confidence", "cer")
+    for folder, rows in table.items():
+        print(f"\n{folder:14}" + "".join(f"{c:>11}" for c in columns))
+        for name, row in rows.items():
+            print(f"{name:14}" + "".join(f"{row[c]:11.3g}" if c in row else " " * 10 + "-" for c in columns))
+
+
+# ---------------------------------------------------------------- python train.py
+def parse_flags(cls, description):
+    """One flag per field of a dataclass, with its comment as help and its default."""
+    import inspect
+    import re
+    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(cls):
+        kind = {"action": "store_true"} if field.type is bool or field.type == "bool" else {"type": type(field.default), "metavar": field.name.upper()}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=notes.get(field.name, field.name), **kind)
+    return cls(**vars(parser.parse_args()))
+
+
+def main():
+    config = parse_flags(TrainConfig, __doc__.split("\n\n")[0])
+    if config.preset not in lipsync.PRESETS:
+        raise BadInput(f"--preset {config.preset}: choose from {', '.join(lipsync.PRESETS)}")
+    if config.stage not in STAGES + ("all", "eval"):
+        raise BadInput(f"--stage {config.stage}: choose from all, {', '.join(STAGES)}, eval")
+    for name in ("batch", "group", "steps", "sync_steps", "lip_steps", "save_minutes", "sample_steps", "eval_clips", "lr", "expert_lr"):
+        if getattr(config, name) < 0 or (getattr(config, name) == 0 and name != "save_minutes"):
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
+    if config.group != experts.GROUP and config.sync_weight and config.stage in ("all", "sync", "generator"):
+        raise BadInput(f"--group {config.group}: the sync expert sees {experts.GROUP} frames; use that, or --sync-weight 0")
+    torch.manual_seed(config.seed)
+    out = pathlib.Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error.strerror}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    run = Run(config)
+    if run.rank == 0:
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        print(f"{len(run.clips)} training clips, {len(run.held_out)} held out; {run.device}, {run.world} processes, seed {config.seed}")
+    for name, make in (("sync", sync_task), ("lip", lip_task), ("generator", generator_task)):
+        if config.stage in ("all", name):
+            task = make(run)
+            if task is None:
+                print(f"{name}: skipped, no clip has a text")
+                continue
+            count = sum(p.numel() for part in task.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
+            if run.rank == 0:
+                print(f"{name}: {count:,} parameters, {task.steps} steps of {task.frames * run.world} frames")
+            if not fit(run, task):
+                return print(f"{name}: stopped; {out / name}.pt is saved, --resume goes on")
+            if run.rank == 0 and name == "sync":
+                grade_sync(run, task)
+            if run.rank == 0 and name == "generator":
+                nets = task.parts["net"], run.audio_encoder, *load_experts(run)
+                lipsync.save_checkpoint(out / "weights.pt", weights_content(run, *nets, half=True))
+    if config.stage in ("all", "eval") and run.rank == 0:
+        table = evaluate(run, config.weights if config.stage == "eval" and config.weights else out / "weights.pt")
+        (out / "eval.json").write_text(json.dumps(table, indent=1))
+        print_table(table)
+        print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    lipsync.cli(main)
