@@ -62,7 +62,7 @@ def ffmpeg_reader(path, *output_args, start=0.0):
         raise BadInput(f"{path}: no such file")
     command = [ffmpeg_exe(), "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-format_whitelist", SAFE_FORMATS,
                *(["-ss", str(start)] if start else []), "-i", f"file:{path}", *output_args, "pipe:1"]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL) as process:
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL, pipesize=1 << 20) as process:
         def fail(default):
             process.wait()
             log.seek(0)
@@ -363,7 +363,9 @@ def smooth_affines(landmarks, box=None):
     mouth. Its side is constant over the clip: BOX_MARGIN * the median face height; box = (x0, y0, x1, y1) in upright units
     (YoloFace) takes the place of the landmarks' box."""
     centre, turn = upright_motion(landmarks)
-    face = np.nanmedian(upright(landmarks, centre, turn), 0)  # [478, 2] the clip's median face, upright
+    found = np.flatnonzero(np.isfinite(landmarks[:, 0, 0]))
+    some = found[np.linspace(0, len(found) - 1, min(len(found), 500)).astype(int)]  # enough for a median, and no copy of a long video
+    face = np.median(upright(landmarks[some], centre[some], turn[some]), 0)  # [478, 2] the clip's median face, upright
     x0, y0, x1, y1 = box if box is not None else (*face.min(0), *face.max(0))
     unit = CROP_PX / (BOX_MARGIN * max(y1 - y0, 1.1 * (x1 - x0)))  # crop px per upright unit
     left = CROP_PX / 2 - unit * (x0 + x1) / 2

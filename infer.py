@@ -164,7 +164,7 @@ def draw(frames, count, track, net, features, amplitude, clock):
             crops = {i: data.crop(frame, track.affines[t]) for i, (t, frame) in enumerate(group) if track.seen[t]}
         pictures, B = {}, len(crops)
         if crops:
-            with timed(clock, "network", B), torch.inference_mode(), lipsync.autocast(device):
+            with timed(clock, "network", B), torch.inference_mode():
                 masked = to_network(crops.values(), size, device)                            # [B, 3, H, W]
                 masked[:, :, size // 2:] = 0
                 audio = select(features, start + torch.tensor([list(crops)]))[0]             # [B, F, D]
@@ -231,14 +231,14 @@ def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=No
     track = watch(video, max(count, REFERENCE_SECONDS * FPS), face, net.config.refs, clock, progress)
     with timed(clock, "listen", count), torch.inference_mode():
         features = listener(torch.from_numpy(wave)[None].to(device))                         # [1, L, D]
-    strip, lips, changed, moments = [], [], [], {int((i + 0.5) * count / 8) for i in range(8)}
+    seconds, strip, lips, changed, moments = None, [], [], [], {int((i + 0.5) * count / 8) for i in range(8)}
     with contextlib.ExitStack() as stack:
         side = stack.enter_context(data.VideoWriter(compare, wave, preset=PRESET)) if compare and compare.suffix.lower() == ".mp4" else None
         writer = stack.enter_context(data.VideoWriter(out, wave, preset=PRESET))
         frames = stack.enter_context(contextlib.closing(ahead(sweep(video, track.prints), clock, "decode, pass two")))
         drawn = stack.enter_context(contextlib.closing(ahead(draw(frames, count, track, net, features, amplitude, clock))))
         for i, (t, frame, crop, picture) in enumerate(tqdm(drawn, "dub", count, unit=" frames", disable=None if progress else True)):
-            first, dubbed = time.perf_counter() - start if i == 0 else first, frame
+            seconds, dubbed = seconds or time.perf_counter() - start, frame      # of the first frame
             if picture is not None:
                 with timed(clock, "blend"):
                     mask = face_mask(track.outlines[t])
@@ -252,7 +252,7 @@ def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=No
                 side.write(np.concatenate([frame, dubbed], 1))
             elif compare and i in moments:
                 strip.append(np.concatenate([data.crop(x, track.affines[t]) for x in (frame, dubbed)]))
-    seconds = time.perf_counter() - start
+    first, seconds = seconds, time.perf_counter() - start
     stages = {stage: {"frames": int(n), "seconds": float(s), "fps": float(n / max(s, 1e-9))} for stage, (n, s) in clock.items()}
     report = dict(out=str(out), frames=count, kept=changed.count(False), seconds=seconds, fps=count / seconds, first_frame_s=first, stages=stages)
     if sync is not None:

@@ -87,7 +87,8 @@ def reconstruction_loss(output, target, mouth_weight=0.0, mask=None):
     Patent: (1/N) * sum over the N values of |output - target|, S3(3). That is mouth_weight = 0.
     Shapes: output [B, C, H, W], target [B, C, H, W] in 0..1, mask None or [B, 1, H, W] in 0..1 -> scalar in 0..1.
     Choice: where mask is 1 a pixel may count 1 + mouth_weight times. It stays a weighted mean, so that the other
-        losses' weights keep their meaning. mouth_weight without a mask is a ValueError.
+        losses' weights keep their meaning; per picture, so that a batch in two halves gives the same gradient.
+        mouth_weight without a mask is a ValueError.
     """
     B, C, H, W = output.shape
     check(target, "B C H W", "target", B=B, C=C, H=H, W=W)
@@ -98,7 +99,7 @@ def reconstruction_loss(output, target, mouth_weight=0.0, mask=None):
         raise ValueError("reconstruction_loss: mouth_weight needs a mask of the mouth, [B, 1, H, W]")
     check(mask, "B C H W", "mask", B=B, C=1, H=H, W=W)
     weight = 1 + mouth_weight * mask.float()  # [B, 1, H, W]
-    return (difference * weight).sum() / (C * weight.sum())
+    return ((difference * weight).sum((1, 2, 3)) / (C * weight.sum((1, 2, 3)))).mean()
 
 
 # ---- S3(4) perceptual ------------------------------------------------------------------------------------------------

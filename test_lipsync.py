@@ -108,7 +108,7 @@ def test_scratch_encoder_gives_25_features_a_second_that_hear_only_their_neighbo
 
 def small_whisper():
     torch.manual_seed(1)
-    dims = dict(n_mels=80, n_audio_ctx=1500, n_audio_state=D, n_audio_head=2, n_audio_layer=1)
+    dims = dict(n_mels=80, n_audio_ctx=1500, n_audio_state=D, n_audio_head=2, n_audio_layer=4)
     return lipsync.WhisperEncoder(dims)
 
 
@@ -132,6 +132,16 @@ def test_long_sound_is_encoded_in_windows_whose_seams_are_blended():
     stepped = iter(range(100))
     ramp = lipsync.in_windows(lambda piece: torch.full((len(piece) // 640, 1), float(next(stepped))), wave)
     assert (ramp[1:] - ramp[:-1]).abs().max() < 0.01          # window 0 fades into window 1: never a step
+
+
+def test_features_beside_a_seam_are_those_of_a_window_centred_there():
+    encoder, seconds = small_whisper(), 95
+    wave = torch.sin(torch.arange(seconds * 16000) * 0.05 * (1 + torch.sin(torch.arange(seconds * 16000) / 3000))) * 0.5
+    features = encoder(wave[None])[0]
+    for seam in (30, 60, 80):
+        centred = encoder(wave[None, (seam - 15) * 16000:(seam + 15) * 16000])[0]            # [750, D]
+        near, there = features[(seam - 10) * 25:(seam + 10) * 25], centred[125:625]
+        assert fn.cosine_similarity(near, there, dim=1).min() >= 0.95
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -301,6 +311,15 @@ def test_wrong_inputs_are_refused_by_name():
     for wrong in (dict(refs=9), dict(window=4), dict(decoder="gan"), dict(image_size=100), dict(channels=(8, 8))):
         with pytest.raises(ValueError, match="Config"):
             dataclasses.replace(CONV, **wrong)
+
+
+def test_bfloat16_weights_draw_nearly_the_same_picture():
+    for config in (SMALL, CONV):
+        net = LipSync(config).eval()
+        with torch.no_grad():
+            exact = net(*inputs(config))
+            rough = net.to(torch.bfloat16)(*inputs(config))
+        assert rough.dtype == torch.float32 and (exact - rough).abs().max() < 0.03
 
 
 def test_network_compiles_as_one_graph_and_exports_with_a_free_batch(tmp_path):
@@ -955,18 +974,33 @@ def test_accumulated_gradients_are_those_of_the_big_batch(prepared, tmp_path, mo
 
 
 def test_two_processes_get_the_gradients_of_one_with_the_joint_batch(prepared, tmp_path):
-    logs = []
-    for world, batch in ((1, 4), (2, 2)):
-        out = tmp_path / str(world)
-        words = ["train.py", "--data", prepared, "--out", out, *FLAGS, "--stage", "generator", "--steps", 2, "--gan-weight", 0, "--batch", batch,
-                 "--warmup", 0.5, "--lip-weight", 0, "--sync-weight", 0]
-        result = command(*([] if world == 1 else ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]), *words,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    script = tmp_path / "gradients.py"
+    script.write_text(f"""
+import contextlib, os, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, lipsync, train
+lipsync.autocast = lambda device: contextlib.nullcontext()           # float32
+world = int(os.environ.get("WORLD_SIZE", 1))
+if world > 1:
+    torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+config = train.TrainConfig(data={str(prepared)!r}, out={str(tmp_path)!r}, preset="tiny", batch=4 // world, group=2, workers=0,
+                           perceptual_weight=0, gan_weight=0, sync_weight=0, lip_weight=0, device="cpu", held_out="speaker002*")
+run = train.Run(config)
+task = train.generator_task(run)
+def catch(parameters, limit):
+    torch.save([p.grad for p in parameters], f"{tmp_path}/{{world}}.{{run.rank}}.pt")
+    return torch.zeros(())
+train.nn.utils.clip_grad_norm_ = catch
+task.step(next(iter(run.loader(task.dataset, 0, 1, 4 // world))), 0)
+""")
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]):
+        result = command(*launcher, script, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
-        logs.append(lipsync.load_checkpoint(out / "generator.pt")["model"])
-    moved = [(logs[0][k] - logs[1][k]).abs().max().item() for k in logs[0]]
-    assert max(moved) < 2e-4                      # Adam's first steps have the size of the rate, 1e-4, whatever rounding did to tiny gradients
-    assert np.mean(moved) < 2e-5
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1.0", "2.0", "2.1"))
+    assert len(one) > 50 and max(g.abs().max() for g in one) > 1e-4
+    for a, b, c in zip(one, first, second):
+        assert torch.equal(b, c) and torch.allclose(a, b, atol=1e-5)
 
 
 def test_a_killed_run_resumes_bit_for_bit(prepared, tmp_path):
@@ -1033,16 +1067,18 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert lipsync.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_network_learns_one_clip_by_heart(prepared, tmp_path):
-    """In under a minute: the mouth follows the sound, and the picture is nearer to the truth than the copied reference."""
-    run, task = small_task(prepared, tmp_path, steps=90, lr=1e-3, batch=8, group=1, amplitude_share=0.0, sample_steps=1000)
-    task.dataset.paths = task.dataset.paths[:1]
-    task.dataset.augment = False
-    began = []
-    step = task.step
-    task.step = lambda batch, number: (lambda f: began.append(f["reconstruction"]) or f)(step(batch, number))
+def test_the_network_learns_one_clip_by_heart_and_listens(prepared, tmp_path):
+    run, task = small_task(prepared, tmp_path, steps=150, lr=2e-3, batch=8, group=1, amplitude_share=0.0)
+    task.dataset.paths, task.dataset.augment = task.dataset.paths[:1], False
+    losses_seen, step = [], task.step
+    task.step = lambda batch, number: (lambda figures: losses_seen.append(figures["reconstruction"]) or figures)(step(batch, number))
     assert train.fit(run, task)
-    assert np.mean(began[-10:]) < 0.6 * np.mean(began[:3])
+    assert np.mean(losses_seen[-10:]) < 0.7 * np.mean(losses_seen[:3])
+    clip, net = data.load_clip(task.dataset.paths[0]), task.parts["net"].eval()
+    hear = lambda wave: run.audio_encoder(torch.from_numpy(wave.astype(np.float32) / 32768)[None])[0].detach()
+    true = np.stack([clip.frame(i) for i in range(len(clip))]).astype(float)
+    error = lambda wave: np.abs(train.generate(net, clip, hear(wave)) - true)[:, 150:210, 80:176].mean()
+    assert error(clip.wave) < 0.9 * error(np.roll(clip.wave, len(clip.wave) // 2))
 
 
 def test_metrics_of_a_picture_against_itself_and_of_a_shifted_series():
@@ -1159,7 +1195,7 @@ def test_bad_input_names_the_fault_in_one_line_and_leaves_no_file(case, dubbing,
     if text is not None:
         odd.write_bytes(text)
     if case == "weights_code":
-        odd.write_bytes(pickle.dumps(print))
+        odd.write_bytes(pickle.dumps(print, 2))
     if case in ("no_face", "audio_silentvideo"):
         with data.VideoWriter(odd) as writer:
             for _ in range(5):
@@ -1199,7 +1235,7 @@ def test_ctrl_c_leaves_no_file_and_no_child_process(sent, dubbing, tmp_path):
         if list(tmp_path.glob(".*")):
             break
         time.sleep(0.05)
-    children = subprocess.command("infer.py", ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
     process.send_signal(sent)
     _, errors = process.communicate(timeout=120)
     assert children and process.returncode == 130 and "Traceback" not in errors
@@ -1211,6 +1247,6 @@ def test_memory_does_not_grow_with_the_length(dubbing, tmp_path):
     code = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import infer, lipsync, torch; torch.set_num_threads(1)\n"
             "infer.dub(*sys.argv[2:5], lipsync.load_networks(sys.argv[5]))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
-    peaks = [int(subprocess.command("infer.py", [sys.executable, "-c", code, str(HERE), dubbing / "clip.mp4", dubbing / sound, tmp_path / "out.mp4", dubbing / "tiny.pt"],
+    peaks = [int(subprocess.run([sys.executable, "-c", code, str(HERE), dubbing / "clip.mp4", dubbing / sound, tmp_path / "out.mp4", dubbing / "tiny.pt"],
                                 capture_output=True, text=True, timeout=400).stdout) for sound in ("short.wav", "long.wav")]
     assert peaks[1] - peaks[0] < 150, peaks                           # MB

@@ -588,7 +588,7 @@ def generate(net, clip, features, amplitude=1.0, device="cpu"):
     made = []
     for start in range(0, len(clip), 8):
         target = stack(range(start, min(start + 8, len(clip))))      # [n, 3, H, W]
-        with torch.inference_mode(), lipsync.autocast(torch.device(device)):
+        with torch.inference_mode():
             output = net(refs.expand(len(target), -1, -1, -1, -1), target * lipsync.half_mask(target),
                          windows[start:start + 8], amplitude)
         made.append((output.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
