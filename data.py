@@ -802,10 +802,9 @@ def refs_sheet(clips, png, count=3):
 
 
 # ---- dataset (S2, S3): training samples --------------------------------------------------------------------------------
-def feature_path(clip_path, audio_encoder, noisy=False):
-    """Where a clip's features by a frozen audio encoder are kept, beside the clip: NAME.npz -> NAME.whisper-base.npy"""
-    key = re.sub(r"[^A-Za-z0-9]+", "-", audio_encoder)
-    return Path(clip_path).with_suffix(f".{key}{'-noisy' if noisy else ''}.npy")
+def feature_path(clip_path, key, noisy=False):
+    """Where a clip's features by a frozen audio encoder are kept, beside the clip: NAME.npz -> NAME.KEY.npy"""
+    return Path(clip_path).with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', key)}{'-noisy' if noisy else ''}.npy")
 
 
 def clip_source(path):
@@ -838,6 +837,7 @@ class ClipDataset(torch.utils.data.Dataset):
         sync [S, D] or [80, 4S] the sound of just these frames for the sync expert, in_sync bool,
         mouth [S, 4] int64 box (x0, y0, x1, y1) of the lips with a margin, amplitude [S] float32,
         gamma, brightness float32 scalars, clip int64, start int64.
+        features: key of the frozen encoder's files (feature_path); None: scratch, from the mel.
     Choice: sample i depends on (seed, i) only, so a resumed run sees what it would have seen. Folders are drawn in
         proportion to the square root of their clips, so one large folder does not drown the others.
         Amplitude: in a share of the samples frame t's sound is paired, within the clip, with the picture whose
@@ -846,11 +846,10 @@ class ClipDataset(torch.utils.data.Dataset):
     POOL = CLIP_SECONDS * FPS                     # P, longest clip in frames
 
     def __init__(self, paths, config, group=5, seed=0, amplitude_share=0.3, random_refs=False, augment=True,
-                 sync_audio=None):
+                 features=None, sync_audio=None):
         self.paths, self.config, self.group, self.seed = list(paths), config, group, seed
         self.amplitude_share, self.random_refs, self.augment = amplitude_share, random_refs, augment
-        self.frozen = config.audio_encoder != "scratch"
-        self.sync_audio = sync_audio or ("features" if self.frozen else "mel")
+        self.features, self.sync_audio = features, sync_audio or ("features" if features else "mel")
         if not self.paths:
             raise BadInput("no clips to train on: is DIR right, and were clips kept?")
         folders = [str(Path(clip_source(p)).parent) for p in self.paths]
@@ -870,10 +869,10 @@ class ClipDataset(torch.utils.data.Dataset):
                 continue
             try:
                 clip = load_clip(path)
-                features = np.load(feature_path(path, self.config.audio_encoder)) if self.frozen else None
+                features = np.load(feature_path(path, self.features)) if self.features else None
             except (BadInput, OSError, ValueError) as error:
                 self.broken.add(path)
-                tqdm.write(f"skipped from now on: {path}: {error}")
+                tqdm.write(f"skipped from now on: {error}" if str(path) in str(error) else f"skipped from now on: {path}: {error}")
                 continue
             if len(clip) >= self.group + 12:
                 return self.sample(clip, features, self.paths.index(path), rng)
@@ -910,7 +909,7 @@ class ClipDataset(torch.utils.data.Dataset):
             flip=torch.tensor(bool(flip)), gamma=torch.tensor(np.exp(rng.normal(0, 0.2)) if self.augment else 1.0, dtype=torch.float32),
             brightness=torch.tensor(rng.uniform(0.8, 1.2) if self.augment else 1.0, dtype=torch.float32),
             clip=torch.tensor(number), start=torch.tensor(start))
-        if self.frozen:
+        if self.features:
             sample["audio"] = torch.from_numpy(features[window.numpy()].astype(np.float32))     # [S, F, D]
         else:
             mel = np.zeros((N_MELS, MEL_PER_FRAME * self.POOL), np.float32)
@@ -964,7 +963,7 @@ class SyncDataset(ClipDataset):
     def sound(self, clip, features, rng):
         S, noisy = self.group, rng.random() < 0.5
         if self.sync_audio == "features":
-            features = np.load(feature_path(clip.path, self.config.audio_encoder, True)) if noisy else features
+            features = np.load(feature_path(clip.path, self.features, True)) if noisy else features
             return lambda i: torch.from_numpy(features[i:i + S].astype(np.float32))
         from experts import corrupt_sound         # experts imports this file
         mel = clip.mel if not noisy else log_mel(corrupt_sound(clip.wave.astype(np.float32) / 32768, rng)).numpy()
@@ -1052,12 +1051,12 @@ class Speaker:
     size: float = trait(118, 145)  # half face width on the screen, px
     pitch: float = trait(90, 230)  # Hz
     tract: float = trait(0.9, 1.15)  # factor of the formants: long .. short throat
-    articulation: float = trait(0.75, 1.15)  # how far this person opens the mouth
+    articulation: float = trait(0.8, 1.15)  # how far this person opens the mouth
 
     @classmethod
     def draw(cls, seed):
         rng = np.random.default_rng(seed)
-        return cls(**{trait.name: rng.uniform(*trait.metadata["range"]) for trait in fields(cls)})
+        return cls(**{each.name: rng.uniform(*each.metadata["range"]) for each in fields(cls)})
 
 
 # ---- demo: what is said, seen and heard --------------------------------------------------------------------------------------------
@@ -1287,9 +1286,9 @@ def draw_mouth(canvas, portrait, mouth):
     lips, x, y = canvas[where][..., :3] / np.float32(255), u[0], v - MOUTH_V  # [H, W, 3], [W], [H, W]
     gap, half, bite, clench = opening * 2 * s.mouth, s.mouth * width, max(-teeth, 0), max(teeth, 0)
     t = np.clip(x / half, -1, 1)
-    within, arch, rest = band(np.abs(x), -1, half, 0.013), (1 - t ** 2) ** (1 - 0.45 * rounding), 0.016 * (1 - 2 * t ** 2) * (1 - rounding)
+    within, arch, rest = band(np.abs(x), -1, half, 0.013), (1 - t ** 2) ** (1 - 0.2 * rounding), 0.016 * (1 - 2 * t ** 2) * (1 - rounding)
     inner_top, inner_low = rest - 0.2 * gap * arch, rest + 0.8 * gap * arch
-    thick = s.lip * (1 + 0.5 * rounding - max(width - 1, 0))
+    thick = s.lip * (1 + 0.25 * rounding - max(width - 1, 0))
     outer_top = inner_top - thick * 0.85 * (1 - t ** 2) ** 0.8 * (1 - 0.25 * np.exp(-(t / 0.16) ** 2))
     outer_low = inner_low + thick * (1 - 0.65 * bite) * (1 - t ** 2) ** 0.6
 
@@ -1302,8 +1301,8 @@ def draw_mouth(canvas, portrait, mouth):
     paint(lips, red * 0.25, 0.9 * band(y, inner_top - 0.008, inner_low + 0.008, 0.016) * band(np.abs(x), -1, half + 0.01, 0.03))  # the line between
 
     inside = np.full_like(lips, (0.13, 0.035, 0.035))
-    tongue = inner_low - (0.04 + 0.28 * gap) * np.sqrt(np.maximum(1 - (x / (0.8 * half)) ** 2, 0))
-    flesh = np.array([0.62, 0.24, 0.26]) + s.tongue * np.array([0.15, 0.2, 0.15])
+    tongue = inner_low - (0.01 + 0.22 * gap) * np.sqrt(np.maximum(1 - (x / (0.8 * half)) ** 2, 0))
+    flesh = np.array([0.42, 0.14, 0.15]) + s.tongue * np.array([0.15, 0.12, 0.11])
     paint(inside, flesh * ((0.8 - 1.4 * np.abs(y - tongue - 0.06)) * (1 - 0.25 * np.exp(-(x / 0.02) ** 2)))[..., None], band(y, tongue, 9, 0.03) * (1 - 0.7 * clench))
     tip = s.tooth_length - 0.10  # the upper row stays with the skull, the lower one goes with the jaw
     draw_teeth(inside, x, y, tip + 0.01 * bite, 1, s)

@@ -802,26 +802,60 @@ def gmac(module, *inputs):
     return counter.get_total_flops() / 2e9, counts
 
 
-def print_trace(preset):
-    """One second of sound and one frame through everything, one row per tensor that `check` saw."""
+def record(preset):
+    """One second of sound and one frame through everything: (networks by stage, rows as `trace` gives them)."""
     config = dataclasses.replace(PRESETS[preset], audio_encoder="scratch")       # whisper's needs a download
-    audio_encoder, selector, net = ScratchEncoder(config.audio_dim), AudioSelector(config), LipSync(config)
+    nets = ScratchEncoder(config.audio_dim), AudioSelector(config), LipSync(config)
     with trace() as rows, torch.no_grad():
-        features = audio_encoder(torch.zeros(1, SAMPLE_RATE))        # [1, 25, D]
-        audio = selector(features)[:, 12]                            # [1, F, D]
-        net(*example(config)[:2], audio)
-    print(f"{preset}: {config}\n\n{'stage':9} {'tensor':11} {'axes':11} shape")
+        audio = nets[1](nets[0](torch.zeros(1, SAMPLE_RATE)))[:, 12]             # [1, F, D]
+        nets[2](*example(config)[:2], audio)
+    return nets, rows
+
+
+def print_trace(preset):
+    """One row per tensor that `check` saw, then parameters and multiply-adds of each stage."""
+    (audio_encoder, _, net), rows = record(preset)
+    print(f"{preset}: {net.config}\n\n{'stage':9} {'tensor':11} {'axes':11} shape")
     for name, axes, shape in rows:
         print("{:9} {:11} {:11} {}".format(*name.split("."), axes, " ".join(map(str, shape))))
-    total, counts = gmac(net, *example(config))
-    sound, _ = gmac(audio_encoder, torch.zeros(1, SAMPLE_RATE))
-    stages = [("audio", audio_encoder, sound / FPS)] + [
-        (stage, module, counts[name]) for stage, name, module in (
-            ("image", "image_encoder", net.image_encoder), ("fusion", "fusion", net.fusion), ("decoder", "decoder", net.decoder))]
+    total, counts = gmac(net, *example(net.config))
+    sound = gmac(audio_encoder, torch.zeros(1, SAMPLE_RATE))[0] / FPS
+    stages = [("audio", audio_encoder, sound)] + [(name.split("_")[0], module, counts[name]) for name, module in net.named_children()]
     print(f"\n{'stage':9} {'parameters':>12} {'GMAC/frame':>11}")
     for stage, module, macs in stages:
         print(f"{stage:9} {sum(p.numel() for p in module.parameters()):12,} {macs:11.3f}")
-    print(f"{'sum':9} {sum(p.numel() for _, m, _ in stages for p in m.parameters()):12,} {total + sound / FPS:11.3f}")
+    print(f"{'sum':9} {sum(p.numel() for _, m, _ in stages for p in m.parameters()):12,} {total + sound:11.3f}")
+
+
+def draw_architecture(preset, png):
+    """The recorded tensors as a picture: a box per stage, its tensors with their shapes inside, arrows where data flows."""
+    import cv2
+    import numpy as np
+    _, rows = record(preset)
+    places = {"audio": (20, 40), "selector": (20, 220), "image": (20, 400), "fusion": (420, 220), "decoder": (820, 220)}  # px
+    canvas = np.full((680, 1220, 3), 255, np.uint8)
+    text = lambda words, x, y, size=0.45: cv2.putText(canvas, words, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, (40, 40, 40), 1, cv2.LINE_AA)
+    corners = {}
+    for stage, (x, y) in places.items():
+        lines = [f"{name.split('.')[1]} {'x'.join(map(str, shape))}" for name, _, shape in rows
+                 if name.startswith(stage + ".") and "block" not in name]
+        corners[stage] = (x, y, x + 340, y + 30 + 20 * len(lines))
+        cv2.rectangle(canvas, (x, y), corners[stage][2:], (170, 110, 40), 1, cv2.LINE_AA)
+        text(stage, x + 8, y + 20, 0.6)
+        for i, line in enumerate(lines):
+            text(line, x + 16, y + 42 + 20 * i)
+    for a, b, note in (("audio", "selector", ""), ("selector", "fusion", "F features"), ("image", "fusion", "map"), ("fusion", "decoder", "fused")):
+        down = places[a][0] == places[b][0]
+        start = (corners[a][0] + 170, corners[a][3]) if down else (corners[a][2], corners[a][1] + 50)
+        end = (corners[b][0] + 170, corners[b][1]) if down else (corners[b][0], corners[b][1] + (50 if a != "image" else 130))
+        cv2.arrowedLine(canvas, start, end, (60, 60, 200), 1, cv2.LINE_AA, tipLength=0.12)
+        text(note, (start[0] + end[0]) // 2 - 36, (start[1] + end[1]) // 2 - 8, 0.4)
+    route = [(corners["image"][2], 600), (990, 600), (990, corners["decoder"][3])]
+    cv2.polylines(canvas, [np.array(route[:2])], False, (60, 60, 200), 1, cv2.LINE_AA)
+    cv2.arrowedLine(canvas, route[1], route[2], (60, 60, 200), 1, cv2.LINE_AA, tipLength=0.1)
+    text("skips, references, masked frame", 560, 592)
+    if not cv2.imwrite(str(png), canvas):
+        raise BadInput(f"--figure {png}: cannot be written")
 
 
 @torch.inference_mode()
@@ -858,11 +892,15 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="edge", help="size of the network")
     parser.add_argument("--benchmark", action="store_true", help="time every preset and decoder on this machine")
+    parser.add_argument("--figure", metavar="PNG", help="draw the stages and their recorded shapes")
     parser.add_argument("--export", metavar="FILE.pt2", help="write the network as a torch.export program")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.benchmark:
         benchmark()
+    elif args.figure:
+        draw_architecture(args.preset, args.figure)
+        print(f"wrote {args.figure}")
     elif args.export:
         export(args.preset, args.export)
         print(f"wrote {args.export}")

@@ -20,6 +20,7 @@ import os
 import pathlib
 import signal
 import time
+import zlib
 from dataclasses import dataclass
 
 import cv2
@@ -103,8 +104,9 @@ class Run:
             torch.distributed.barrier()
         self.clips, self.held_out = data.split_clips(data.list_clips(config.data), config.held_out)
         self.net_config, self.audio_encoder = network_config(config)
+        self.features = features_key(self.net_config.audio_encoder, self.audio_encoder)
         self.audio_encoder.to(self.device)
-        self.sync_audio = config.sync_audio or ("features" if self.audio_encoder.frozen else "mel")
+        self.sync_audio = config.sync_audio or ("features" if self.features else "mel")
 
     def loader(self, dataset, first, last, batch):
         """Batches first..last of an endless dataset: batch b of this process holds its own fixed sample numbers."""
@@ -127,16 +129,25 @@ def network_config(config):
     return dataclasses.replace(net_config, audio_encoder=name, audio_dim=encoder.dim), encoder
 
 
+def features_key(name, encoder):
+    """Names the cached features of a frozen encoder: another encoder, or other weights, other files. None if it learns."""
+    if not encoder.frozen:
+        return None
+    digest = 0
+    for value in encoder.state_dict().values():
+        digest = zlib.crc32(value.numpy().tobytes(), digest)
+    return f"{name}-{digest:08x}"
+
+
 def prepare_features(run, noisy=False):
     """A frozen audio encoder hears every clip once; its features lie beside the clip, float16 [T, D].
 
     noisy: also of the clip with noise, gain and reverb, which the sync expert learns to see through.
     """
-    name = run.net_config.audio_encoder
-    jobs = [(clip, n) for clip in run.clips + run.held_out for n in ([False, True] if noisy else [False])
-            if not data.feature_path(clip, name, n).is_file()]
-    if not run.audio_encoder.frozen:
+    if not run.features:
         return
+    jobs = [(clip, n) for clip in run.clips + run.held_out for n in ([False, True] if noisy else [False])
+            if not data.feature_path(clip, run.features, n).is_file()]
     for path, noise in tqdm(jobs[run.rank::run.world], desc="audio features", unit="clip", disable=not jobs):
         clip = data.load_clip(path)
         wave = clip.wave.astype(np.float32) / 32768
@@ -144,7 +155,7 @@ def prepare_features(run, noisy=False):
             wave = experts.corrupt_sound(wave, np.random.default_rng([run.config.seed, data.hash_of(path.name)]))
         features = run.audio_encoder(torch.from_numpy(wave)[None].to(run.device))[0]             # [T, D]
         features = fn.pad(features.mT[None], (0, max(0, len(clip) - len(features))), mode="replicate")[0].mT
-        target = data.feature_path(path, name, noise)
+        target = data.feature_path(path, run.features, noise)
         temporary = target.with_name(f".{os.getpid()}.{target.name}")
         np.save(temporary, features[:len(clip)].half().cpu().numpy())
         os.replace(temporary, target)
@@ -213,7 +224,7 @@ def fit(run, task):
     bar = tqdm(total=task.steps, initial=first, desc=task.name, unit="step", disable=run.rank > 0, mininterval=1)
     saved_at = waited = began = time.perf_counter()
     waiting = 0.0
-    step = first
+    step = logged = first
     try:
         for batch in run.loader(task.dataset, first, task.steps, task.batch):
             waiting += time.perf_counter() - waited
@@ -227,10 +238,10 @@ def fit(run, task):
             bar.update()
             if log and (step % 20 == 0 or step == task.steps):
                 passed = time.perf_counter() - began
-                figures.update(frames_per_s=20 * task.frames * run.world / passed, loader_share=waiting / passed)
+                figures.update(frames_per_s=(step - logged) * task.frames * run.world / passed, loader_share=waiting / passed)
                 log.write(step, figures)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items() if k in ("total", "accuracy", "frames_per_s")})
-                began, waiting = time.perf_counter(), 0.0
+                began, waiting, logged = time.perf_counter(), 0.0, step
             if task.sample and run.rank == 0 and (step % config.sample_steps == 0 or step == task.steps):
                 task.sample(step)
             if stop or time.perf_counter() - saved_at > 60 * config.save_minutes:
@@ -313,7 +324,7 @@ def sync_task(run):
         norm = update(run, [net], optimizer, scheduler)
         return dict(total=loss.item(), sync=loss.item(), accuracy=float(accuracy), lr=scheduler.get_last_lr()[0], grad_norm=norm)
 
-    dataset = data.SyncDataset(run.clips, run.net_config, config.group, config.seed, run.sync_audio)
+    dataset = data.SyncDataset(run.clips, run.net_config, config.group, config.seed, features=run.features, sync_audio=run.sync_audio)
     return Task("sync", dict(net=net, optimizer=optimizer, scheduler=scheduler), step, dataset, config.sync_steps,
                 4 * config.batch, 4 * config.batch * config.group, lambda: {"kind": "sync", "arch": net.arch})
 
@@ -367,7 +378,7 @@ def load_experts(run):
 @torch.no_grad()
 def grade_sync(run, task, samples=200):
     """Held-out accuracy of the sync expert (cosine over 0.5 for true sound, under it for the same clip's wrong ones), into its file."""
-    dataset = data.SyncDataset(run.held_out or run.clips, run.net_config, run.config.group, seed=1, sync_audio=run.sync_audio)
+    dataset = data.SyncDataset(run.held_out or run.clips, run.net_config, run.config.group, seed=1, features=run.features, sync_audio=run.sync_audio)
     net, right = task.parts["net"].eval(), []
     for i in range(0, samples, 20):
         batch = torch.utils.data.default_collate([dataset[j] for j in range(i, i + 20)])
@@ -506,7 +517,7 @@ def generator_task(run):
         del parts["audio"]
     content = lambda: weights_content(run, net, audio_encoder, *load_experts(run))
     dataset = data.ClipDataset(run.clips, run.net_config, config.group, config.seed, config.amplitude_share,
-                               config.random_refs, sync_audio=run.sync_audio)
+                               config.random_refs, features=run.features, sync_audio=run.sync_audio)
     return Task("generator", parts, step, dataset, config.steps, config.batch, config.batch * config.group, content, samples)
 
 
@@ -558,7 +569,7 @@ class SampleSheet:
         self.run, self.net, self.audio_encoder = run, net, audio_encoder
         clips = run.held_out or run.clips
         dataset = data.ClipDataset(clips, run.net_config, run.config.group, seed=1, amplitude_share=0, augment=False,
-                                   sync_audio=run.sync_audio)
+                                   features=run.features, sync_audio=run.sync_audio)
         self.batch = torch.utils.data.default_collate([dataset[i] for i in range(rows)])
 
     @torch.no_grad()
