@@ -281,24 +281,32 @@ class Log:
             csv.DictWriter(file, self.COLUMNS).writerow({"stage": self.stage, "step": step, **row})
 
 
-def draw_curves(log, png, width=480, height=220):
-    """log.csv -> one panel per stage and loss, step to the right, with first and last value."""
+def draw_panel(title, x, y, width=480, height=220):
+    """A line through the points (x, y), first to last -> uint8 RGB [height, width, 3]"""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    panel = np.full((height, width, 3), 255, np.uint8)
+    across = 10 + (width - 20) * (x - x[0]) / max(np.ptp(x), 1e-9)
+    up = height - 12 - (height - 50) * (y - y.min()) / max(np.ptp(y), 1e-9)
+    cv2.polylines(panel, [np.stack([across, up], 1).round().astype(np.int32)], False, (20, 60, 160), 1, cv2.LINE_AA)
+    words = f"{title}: {y[0]:.3g} .. {y[-1]:.3g}, at {x[0]:g} .. {x[-1]:g}"
+    return cv2.putText(panel, words, (10, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+
+
+def save_panels(png, panels):
+    """Panels two in a row."""
+    panels = panels + [np.full_like(panels[0], 255)] * (len(panels) % 2)
+    cv2.imwrite(str(png), np.vstack([np.hstack(panels[i:i + 2]) for i in range(0, len(panels), 2)])[..., ::-1])
+
+
+def draw_curves(log, png):
+    """log.csv -> one panel per stage and loss over the steps."""
     rows, panels = list(csv.DictReader(open(log))), []
     for stage in STAGES:
         for name in Log.COLUMNS[2:10]:
             points = [(int(r["step"]), float(r[name])) for r in rows if r["stage"] == stage and r[name]]
-            if len(points) > 1 and not (name == "total" and stage != "generator"):
-                steps, values = np.array(points).T
-                span = max(np.ptp(values), 1e-9)
-                x = 10 + (width - 20) * (steps - steps[0]) / max(np.ptp(steps), 1)
-                y = height - 12 - (height - 50) * (values - values.min()) / span
-                panel = np.full((height, width, 3), 255, np.uint8)
-                cv2.polylines(panel, [np.stack([x, y], 1).round().astype(np.int32)], False, (160, 60, 20), 1, cv2.LINE_AA)
-                title = f"{stage} {name}: {values[0]:.3g} .. {values[-1]:.3g}, steps {int(steps[0])} .. {int(steps[-1])}"
-                cv2.putText(panel, title, (10, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-                panels.append(panel)
-    panels += [np.full((height, width, 3), 255, np.uint8)] * (-len(panels) % 2 or (0 if panels else 2))
-    cv2.imwrite(str(png), np.vstack([np.hstack(panels[i:i + 2]) for i in range(0, len(panels), 2)]))
+            if points and not (name == "total" and stage != "generator"):
+                panels.append(draw_panel(f"{stage} {name}", *zip(*points)))
+    save_panels(png, panels)
 
 
 # ---------------------------------------------------------------- the experts
@@ -647,8 +655,8 @@ def sharpness(picture, box):
     return float(cv2.Laplacian(cv2.cvtColor(picture[y0:y1, x0:x1], cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
 
-def measure_pictures(made, clip, tracker, features, sync, reader, wave_features):
-    """One row of the table: what is made of a clip against what is true. made uint8 [T, 256, 256, 3]"""
+def measure_pictures(made, clip, tracker, sync, reader, sound):
+    """One row of the table: what is made of a clip against what is true. made uint8 [T, 256, 256, 3], sound as the sync expert hears it"""
     half = data.CROP_PX // 2
     true = np.stack([clip.frame(i) for i in range(len(clip))])       # [T, 256, 256, 3]
     error = ((made[:, half:].astype(np.float64) - true[:, half:]) ** 2).mean((1, 2, 3))
@@ -666,7 +674,7 @@ def measure_pictures(made, clip, tracker, features, sync, reader, wave_features)
     lower = torch.from_numpy(np.ascontiguousarray(made[:, half:].transpose(0, 3, 1, 2)))     # [T, 3, 128, 256]
     lower = fn.interpolate(lower.float() / 255, scale_factor=0.5, mode="area")
     if sync is not None:
-        row.update({k: v for k, v in experts.measure_offset(sync, lower, wave_features).items() if k in ("offset", "confidence")})
+        row.update({k: v for k, v in experts.measure_offset(sync, lower, sound).items() if k in ("offset", "confidence")})
     if reader is not None and clip.text:
         row["cer"] = experts.character_error_rate(reader.read(lower[None])[0], clip.text)
     return row
@@ -680,37 +688,49 @@ def mouth_boxes(landmarks):
     return np.concatenate([low - margin, high + margin], 1).clip(0, data.CROP_PX).round().astype(int)
 
 
+AMPLITUDES = (0.5, 1.5, 2)            # beside the table's own 1
+
+
+def amplitude_panels(table):
+    """The mean opening (px of the 256 px crop) over the amplitude, a panel per folder."""
+    panels = []
+    for folder, rows in table.items():
+        points = {1: rows["model"].get("opening"), **{a: rows[f"amplitude {a:g}"].get("opening") for a in AMPLITUDES}}
+        points = sorted((a, opening) for a, opening in points.items() if opening is not None)
+        if points:
+            panels.append(draw_panel(f"{folder}: mean opening (px) over amplitude", *zip(*points)))
+    return panels
+
+
 def evaluate(run, weights):
-    """The held-out table: {folder: {row: {column: mean}}} for model, copy, silence, real, and the amplitude response."""
+    """The held-out table {folder: {row: {column: number}}}: rows model, copy (a reference's lower half), silence, real, amplitude A."""
     _, net, audio_encoder, sync, reader = lipsync.load_networks(weights, run.device)
-    by_folder = {}
+    by_folder, table = {}, {}
     for path in run.held_out:
-        by_folder.setdefault(pathlib.Path(data.clip_source(path)).parts[0] if "/" in data.clip_source(path) else ".", []).append(path)
+        by_folder.setdefault(str(pathlib.Path(data.clip_source(path)).parent), []).append(path)
     each = max(1, run.config.eval_clips // max(1, len(by_folder)))
-    table = {}
+    chosen = [(folder, path) for folder, paths in by_folder.items() for path in paths[::max(1, len(paths) // each)][:each]]
     with data.FaceTracker() as tracker:
-        chosen = [(f, p) for f, paths in by_folder.items() for p in paths[::max(1, len(paths) // each)][:each]]
         for folder, path in tqdm(chosen, desc="eval", unit="clip"):
-            clip = data.load_clip(path)
+            clip, rows = data.load_clip(path), table.setdefault(folder, {})
             wave = torch.from_numpy(clip.wave.astype(np.float32) / 32768)[None].to(run.device)
-            features = audio_encoder(wave)[0]                        # [T, D]
-            silent = audio_encoder(torch.zeros_like(wave))[0]
+            features, silent = audio_encoder(wave)[0], audio_encoder(torch.zeros_like(wave))[0]      # [T, D]
             true = np.stack([clip.frame(i) for i in range(len(clip))])
-            copy = true.copy()
-            closed = data.select_references(clip.shapes, clip.poses, net.config.refs)[net.config.refs // 2]
-            copy[:, data.CROP_PX // 2:] = true[closed, data.CROP_PX // 2:]
-            heard = features if sync is None or sync.arch["audio"] == "features" else torch.from_numpy(clip.mel.astype(np.float32))
-            pictures = {"model": generate(net, clip, features, 1.0, run.device), "copy": copy,
-                        "silence": generate(net, clip, silent, 1.0, run.device), "real": true}
-            for name, made in pictures.items():
-                table.setdefault(folder, {}).setdefault(name, []).append(
-                    measure_pictures(made, clip, tracker, features, sync, reader, heard))
-            for amplitude in (0.5, 1.5):
+            copy, refs = true.copy(), data.select_references(clip.shapes, clip.poses, net.config.refs)
+            copy[:, data.CROP_PX // 2:] = true[refs[len(refs) // 2], data.CROP_PX // 2:]
+            sound = features if sync is None or sync.arch["audio"] == "features" else torch.from_numpy(clip.mel.astype(np.float32))
+            for name, made in (("model", generate(net, clip, features, 1.0, run.device)), ("copy", copy),
+                               ("silence", generate(net, clip, silent, 1.0, run.device)), ("real", true)):
+                rows.setdefault(name, []).append(measure_pictures(made, clip, tracker, sync, reader, sound))
+            for amplitude in AMPLITUDES:
                 points = find_landmarks(tracker, generate(net, clip, features, amplitude, run.device))
-                table[folder].setdefault(f"amplitude {amplitude}", []).append(
+                rows.setdefault(f"amplitude {amplitude:g}", []).append(
                     {} if points is None else {"opening": float(data.mouth_shape(points)[:, 0].mean())})
-    mean = lambda rows: {k: float(np.mean([r[k] for r in rows if k in r])) for k in sorted({k for r in rows for k in r})}
-    return {folder: {name: {"clips": len(rows), **mean(rows)} for name, rows in names.items()} for folder, names in table.items()}
+
+    def middle(rows):                             # a lag or an offset has no meaningful mean
+        columns = sorted({k for r in rows for k in r})
+        return {k: float((np.median if k in ("lag", "offset") else np.mean)([r[k] for r in rows if k in r])) for k in columns}
+    return {folder: {name: {"clips": len(rows), **middle(rows)} for name, rows in names.items()} for folder, names in table.items()}
 
 
 def print_table(table):
@@ -776,6 +796,8 @@ def main():
     if config.stage in ("all", "eval") and run.rank == 0:
         table = evaluate(run, config.weights if config.stage == "eval" and config.weights else out / "weights.pt")
         (out / "eval.json").write_text(json.dumps(table, indent=1))
+        if panels := amplitude_panels(table):
+            save_panels(out / "amplitude.png", panels)
         print_table(table)
         print(json.dumps(table))
 
