@@ -1026,7 +1026,8 @@ def test_bad_settings_are_one_line_and_exit_2(prepared, tmp_path, demo):
     (tmp_path / "file").write_text("x")
     for words, part in (((tmp_path / "none", tmp_path / "o"), "no such folder"), ((tmp_path / "empty", tmp_path / "o"), "no video"),
                         ((prepared, tmp_path / "file"), "file"), ((prepared, tmp_path / "o", "--preset", "huge"), "--preset huge"),
-                        ((prepared, tmp_path / "o", "--stage", "x"), "--stage x"), ((prepared, tmp_path / "o", "--batch", 0), "--batch"),
+                        ((prepared, tmp_path / "o", "--stage", "x"), "--stage x"),
+                        ((prepared, tmp_path / "o", "--perceptual-weight", 0.01, "--vgg", tmp_path / "file"), "not VGG-19"), ((prepared, tmp_path / "o", "--batch", 0), "--batch"),
                         ((prepared, tmp_path / "o", "--stage", "generator", "--weights", tmp_path / "file"), "file"),
                         ((prepared, tmp_path / "o", "--audio-encoder", tmp_path / "file"), "--audio-encoder scratch")):
         result = training(*words)

@@ -773,6 +773,8 @@ def main():
         raise BadInput(f"--out {out}: {error.strerror}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if config.perceptual_weight and config.stage in ("all", "generator"):
+        losses.load_vgg(config.vgg)               # missing weights are told now, not after hours of training the experts
     run = Run(config)
     if run.rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
