@@ -151,9 +151,10 @@ def check(x, axes, name, low=None, high=None, **sizes):
 
 # ---------------------------------------------------------------- S2(1) audio encoders
 def log_mel(wave):
-    """Whisper's log-mel spectrogram of one sound. wave [N] 16 kHz, -1..1 -> [80, 4L] float32, L = round(N / 640).
+    """Whisper's log-mel spectrogram of one sound.
 
-    Source: openai-whisper, whisper.log_mel_spectrogram (25 ms window, 10 ms hop, 80 bands, last 80 dB).
+    Shapes: wave [N] 16 kHz, -1..1 -> [80, 4L] float32, L = round(N / 640).
+    Choice: openai-whisper's whisper.log_mel_spectrogram (25 ms window, 10 ms hop, 80 bands, last 80 dB) for all encoders.
     """
     import whisper
     wave = torch.as_tensor(wave, dtype=torch.float32)
@@ -163,10 +164,10 @@ def log_mel(wave):
 
 
 def in_windows(encode, wave):
-    """Encode a sound of any length in windows of 30 s that overlap by 10 s and are cross-faded there.
+    """Encode a sound of any length, in pieces; memory does not grow with it beyond the result.
 
-    wave [N] -> [L, D], L = round(N / 640); `encode` maps [n] to [round(n / 640), D]. Memory does not grow with N
-    beyond the result. Source: overlap-add; a window's outer features lack context, so they weigh least.
+    Shapes: wave [N] -> [L, D], L = round(N / 640); `encode` maps [n] to [round(n / 640), D].
+    Choice: windows of 30 s that overlap by 10 s and are cross-faded there, since a window's outer features lack context.
     """
     total = max(1, round(wave.shape[-1] / SAMPLES_PER_FRAME))
     size, overlap = WINDOW_SECONDS * FPS, OVERLAP_SECONDS * FPS
@@ -188,7 +189,11 @@ def in_windows(encode, wave):
 
 
 def encode_batch(encode, wave, dim):
-    """Each sound of a batch through `in_windows`: wave [B, N] 16 kHz, -1..1 -> [B, L, D]"""
+    """Each sound of a batch through `in_windows`.
+
+    Patent: S2(1), sound in, features [B, L, D] out.
+    Shapes: wave [B, N] 16 kHz, -1..1 -> [B, L, D], L = round(N / 640). ValueError for another rank or range.
+    """
     check(wave, "B N", "audio.wave", low=-1, high=1)
     features = torch.stack([in_windows(encode, one) for one in wave])            # [B, L, D]
     return check(features, "B L D", "audio.features", B=wave.shape[0], D=dim)
@@ -333,8 +338,10 @@ def load_whisper(source):
 
 
 def build_audio_encoder(config, weights=None):
-    """The audio encoder that config.audio_encoder names: wave [B, N] -> [B, L, D].
+    """The audio encoder that config.audio_encoder names.
 
+    Patent: S2(1), whisper, wav2vec, HuBERT or one of one's own.
+    Shapes: the module maps wave [B, N] 16 kHz, -1..1 -> [B, L, D], L = round(N / 640).
     weights: {"dims": dict, "state": dict} from a checkpoint, which then needs neither a file nor a network.
     The module has .dim (D; for a pretrained one it, not config.audio_dim, decides), .frozen and .dims (plain numbers
     that rebuild it). Raises BadInput with a remedy if weights or packages are missing.
@@ -368,7 +375,11 @@ def build_audio_encoder(config, weights=None):
 
 # ---------------------------------------------------------------- S2(2) image encoder
 def half_mask(x):
-    """1 for the upper half of the rows, 0 for the lower. x [..., H, W] -> [H, 1]"""
+    """1 for the upper half of the rows, 0 for the lower.
+
+    Patent: S2(2), the masked frame's lower half is zero; S2(4)g, the upper half of the map is masked.
+    Shapes: x [..., H, W] -> [H, 1], of x's type and device.
+    """
     height = x.shape[-2]
     return (torch.arange(height, device=x.device) < height // 2).to(x.dtype)[:, None]
 
@@ -432,9 +443,10 @@ def _stage(owner, module, *inputs):
 
 # ---------------------------------------------------------------- S2(3) audio feature selector
 def audio_window(frame, spacing, length):
-    """Which audio features frame `frame` hears: frame + spacing * (-length//2 .. length//2). Not clamped.
+    """Which audio features frame `frame` hears. The one place where sound and pictures meet.
 
-    frame: int -> int64 [length], or int tensor [T] -> [T, length]. The one place where sound and pictures meet.
+    Patent: S2(3), frame + spacing * (-length//2 .. length//2).
+    Shapes: frame int -> int64 [length], or int tensor [T] -> [T, length]; not clamped to the clip.
     """
     offsets = spacing * (torch.arange(length) - length // 2)
     return torch.as_tensor(frame)[..., None] + offsets
@@ -464,10 +476,11 @@ class AudioSelector(nn.Module):
 
 # ---------------------------------------------------------------- S2(4) bidirectional modality fusion
 def attention(query, key, value, mask=None):
-    """softmax(Q K^T / sqrt(G)) V, as the patent writes it in S2(4)e.
+    """softmax(Q K^T / sqrt(G)) V
 
-    query [B, heads, E, G], key and value [B, heads, M, G] -> [B, heads, E, G].
-    mask [M]: added to every logit row; -inf where nobody may look.
+    Patent: S2(4)e, G channels of each token.
+    Shapes: query [B, heads, E, G], key and value [B, heads, M, G] -> [B, heads, E, G];
+        mask [M] is added to every row of logits: -inf where nobody may look.
     """
     logits = query @ key.mT / math.sqrt(query.shape[-1])             # [B, heads, E, M]
     if mask is not None:
@@ -495,7 +508,11 @@ class MultiHeadAttention(nn.Module):
 
 
 def position_code(length, width):
-    """sin/cos position code, PE(pos, 2i) = sin(pos / 10000^(2i/width)), PE(pos, 2i+1) = cos(same) -> [length, width]"""
+    """The sinusoidal position code.
+
+    Patent: S2(4)c, PE(pos, 2i) = sin(pos / 10000^(2i/width)), PE(pos, 2i+1) = cos of the same.
+    Shapes: -> [length, width]
+    """
     angle = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
