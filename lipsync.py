@@ -399,6 +399,7 @@ class EncoderStage(nn.Module):
         self.refine = nn.Conv2d(channels, channels, 3, padding=1) if stride == 2 else None
 
     def forward(self, x):
+        B, C, h, w = check(x, "B C h w", "image.stage_in", C=self.conv.in_channels).shape
         x = fn.leaky_relu(self.norm(self.conv(x)), 0.2)              # [B, C', h', w']
         return x if self.refine is None else x + fn.leaky_relu(self.refine(x), 0.2)
 
@@ -502,6 +503,8 @@ class MultiHeadAttention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, tokens, others, mask=None):
+        B, E, C = check(tokens, "B E C", "fusion.attention_in", C=self.out.in_features).shape
+        check(others, "B M C", "fusion.attention_to", B=B, C=C)
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # [B, heads, E, G]
         x = attention(split(self.query(tokens)), split(self.key(others)), split(self.value(others)), mask)
         return self.out(x.transpose(1, 2).flatten(2))                            # [B, E, C]
@@ -644,7 +647,8 @@ class ReferenceCopy(nn.Module):
         self.conv.bias.data.zero_()
 
     def forward(self, x, refs):
-        B, R, _, H, W = refs.shape
+        B, R, _, H, W = check(refs, "B R 3 H W", "decoder.copy_refs", R=self.conv.out_channels // 3).shape
+        check(x, "B C h w", "decoder.copy_in", B=B, C=self.conv.in_channels)
         x = self.conv(x).float()                                     # [B, 3R, h/2, w]
         x = fn.interpolate(x, size=(H // 2, W), mode="bilinear")     # [B, 3R, H/2, W]
         flow, weight = x.split([2 * R, R], 1)
@@ -685,7 +689,7 @@ class ImageDecoder(nn.Module):
 
     def forward(self, fused, skips, refs, masked):
         B, C, h, w = check(fused, "B C h w", "decoder.fused", C=self.config.channels[-1]).shape
-        x, draft, H = fused, None, masked.shape[2]
+        x, draft, H = fused, None, check(masked, "B 3 H W", "decoder.masked", B=B, H=32 * h, W=32 * w).shape[2]
         for i, (conv, block, skip) in enumerate(zip(self.convs, self.blocks, skips[::-1])):
             x = fn.interpolate(conv(x), scale_factor=2)              # [B, C_i, 2h, 2w], or their lower 5/8 rows
             x = x[:, :, 3 * skip.shape[2] // 8:] if i == 0 else x    # [B, C_i, 5/8 h_i, w_i]
@@ -855,7 +859,7 @@ def draw_architecture(preset, png):
     corners = {}
     for stage, (x, y) in places.items():
         lines = [f"{name.split('.')[1]} {'x'.join(map(str, shape))}" for name, _, shape in rows
-                 if name.startswith(stage + ".") and "block" not in name]
+                 if name.startswith(stage + ".") and "_" not in name]
         corners[stage] = (x, y, x + 340, y + 30 + 20 * len(lines))
         cv2.rectangle(canvas, (x, y), corners[stage][2:], (170, 110, 40), 1, cv2.LINE_AA)
         text(stage, x + 8, y + 20, 0.6)

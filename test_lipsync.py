@@ -306,6 +306,11 @@ def test_wrong_inputs_are_refused_by_name():
             "fusion.audio": lambda: net.fusion(image, audio[..., :3]),
             "fusion.amplitude": lambda: net.fusion(image, audio, -1.0),
             "selector.features": lambda: AudioSelector(CONV)(audio[0]),
+            "image.stage_in": lambda: net.image_encoder.stages[0](image),
+            "fusion.attention_to": lambda: net.fusion.look(image.flatten(2).mT, audio),
+            "decoder.masked": lambda: net.decoder(image, skips, refs, masked[:, :, 2:]),
+            "decoder.copy_in": lambda: net.decoder.copy(image[:, :7], refs),
+            "decoder.copy_refs": lambda: net.decoder.copy(image[:, :15], refs[:, :3]),
             "decoder.fused": lambda: net.decoder(image[:, :3], skips, refs, masked),
             "decoder.spade_map": lambda: SPADE(4, 3, 2)(torch.zeros(1, 4, 5, 6), torch.zeros(1, 3, 6, 5)),
             "audio.wave": lambda: lipsync.ScratchEncoder(4)(torch.full((1, 16000), 300.0))}.items():
