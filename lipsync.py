@@ -207,7 +207,7 @@ class WhisperEncoder(nn.Module):
     Choice: whisper gives 50 features a second, we average pairs to one per video frame. Whisper's features say as much
         about where in its 30 seconds a sound stands as about the sound: the same 5 s, moved by 5 s, give a cosine of
         0.63 (base, last layer), so what is learned on short clips fails in long videos. So every position gets one and
-        the same position code, and we read after half of the layers, normalised: 0.98 to 0.997, half the time, and the
+        the same position code, and we read after half of the layers, normalised: 0.976 to 0.997, half the time, and the
         mouth's opening can be read off them as well as off the last layer (ridge regression on GRID: r = 0.870,
         last layer 0.869). Sounds of any length cost what they are long.
     """
