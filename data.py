@@ -411,11 +411,12 @@ def select_references(shapes, poses, count, pose=None, exclude=None, rng=None):
     """Which frames of a clip serve as references: alike in head pose, spread over mouth shapes from closed to widest.
 
     shapes [T, 3] (mouth_shape), poses [T, 2] (head_pose) -> int64 [count] frame numbers, closed first. pose [2]: whose pose to be
-    near (default: the median). exclude=(lo, hi): never a frame lo <= i < hi, unless there is no other. rng (numpy Generator):
+    near (default: the median). exclude [n]: never a frame less than 5 from one of these, unless there is no other. rng (numpy Generator):
     training, the same rule on a random half of the frames with shifted quantiles; None: inference, always the same frames."""
     allowed = np.arange(len(shapes))
-    if exclude is not None and (exclude[0] > 0 or exclude[1] < len(shapes)):
-        allowed = allowed[(allowed < exclude[0]) | (allowed >= exclude[1])]
+    if exclude is not None:
+        far = np.abs(allowed[:, None] - exclude).min(1) >= 5
+        allowed = allowed[far] if far.any() else allowed
     if rng is not None:
         allowed = rng.permutation(allowed)[: max(4 * count, len(allowed) // 2)]
     distance = np.linalg.norm(poses[allowed] - (np.median(poses, 0) if pose is None else pose), axis=-1)
@@ -495,9 +496,11 @@ class Clip:
     def __len__(self):
         return len(self.offsets) - 1
 
-    def frame(self, i):
-        """-> uint8 RGB [256, 256, 3]"""
-        return cv2.imdecode(self.jpegs[self.offsets[i] : self.offsets[i + 1]], cv2.IMREAD_COLOR)[..., ::-1]
+    def frame(self, i, size=CROP_PX):
+        """-> uint8 RGB [size, size, 3]; half size is decoded as such, 3 times faster"""
+        how = cv2.IMREAD_REDUCED_COLOR_2 if 2 * size <= CROP_PX else cv2.IMREAD_COLOR
+        picture = cv2.imdecode(self.jpegs[self.offsets[i] : self.offsets[i + 1]], how)[..., ::-1]
+        return picture if len(picture) == size else cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
 
 
 def load_clip(path):
@@ -527,8 +530,13 @@ def hash_of(text):
 def list_videos(data_dir):
     if not Path(data_dir).is_dir():
         raise BadInput(f"{data_dir}: no such folder")
-    videos = (p for p in Path(data_dir).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-    return sorted(p for p in videos if not any(part.startswith(".") for part in p.relative_to(data_dir).parts))
+    found, seen = [], set()
+    for folder, inner, names in os.walk(data_dir, followlinks=True):
+        real = os.path.realpath(folder)
+        inner[:] = [] if real in seen else [name for name in inner if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if real not in seen and not name.startswith(".")]
+        seen.add(real)                            # a link that leads back up is walked once
+    return sorted(p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
 
 
 def read_text(video):
@@ -694,9 +702,18 @@ def manifest(video, data_dir):
 
 
 def signature(video, options):
-    """What a video's clips depend on; another signature, and they are made again."""
-    stat = video.stat()
-    return [LAYOUT, stat.st_size, stat.st_mtime_ns, f"{hash_of(read_text(video)):x}", *options]
+    """What a video's clips depend on; another signature, and they are made again. A copied folder keeps its signatures."""
+    size, ends = video.stat().st_size, 0
+    with contextlib.suppress(OSError), open(video, "rb") as file:  # what cannot be read is refused later, with its reason
+        ends = zlib.crc32(file.read(1 << 16))
+        file.seek(max(0, size - (1 << 16)))
+        ends = zlib.crc32(file.read(), ends)
+    return [LAYOUT, size, ends, f"{hash_of(read_text(video)):x}", *options]
+
+
+def up_to_date(old, new):
+    """Same file, same text; and an option that is not asked for now may have been used then."""
+    return bool(old) and old[:-2] == new[:-2] and all(wanted in (None, used) for used, wanted in zip(old[-2:], new[-2:]))
 
 
 def read_manifest(video, data_dir):
@@ -754,7 +771,7 @@ def prepare(data_dir, workers=None, shard=None, detector=None, transcribe=None):
         transcriber(transcribe)
     (data_dir / ".clips").mkdir(exist_ok=True)
     options = (detector and str(detector), transcribe)
-    todo = [v for v in videos if read_manifest(v, data_dir).get("signature") != signature(v, options)]
+    todo = [v for v in videos if not up_to_date(read_manifest(v, data_dir).get("signature"), signature(v, options))]
     context = multiprocessing.get_context("spawn")
     counter, results = context.Value("q", 0), context.Queue()
     share = partial(prepare_share, todo, data_dir, options, counter, results)
@@ -807,23 +824,31 @@ def feature_path(clip_path, key, noisy=False):
     return Path(clip_path).with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', key)}{'-noisy' if noisy else ''}.npy")
 
 
-def clip_source(path):
-    """The relative path of the video a clip was cut from, read without its pictures."""
+def clip_label(path):
+    """A clip's (relative path of its video, text), read without its pictures."""
     with np.load(path) as file:
-        return str(file["source"])
+        return str(file["source"]), str(file["text"])
 
 
 def split_clips(paths, held_out_names=""):
     """(training clips, held-out clips): by a hash of the source video, or because its name matches a pattern.
 
-    held_out_names: comma-separated glob patterns on the source's path. Both halves keep the order of `paths`.
+    held_out_names: comma-separated glob patterns on the source's path. Both halves keep the order of `paths`. Where the hash leaves
+    one half empty (a single video, say), the last tenth of the clips is held out. Broken clips are named and left out.
     """
     patterns = [p.strip() for p in held_out_names.split(",") if p.strip()]
     halves = ([], [])
     for path in paths:
-        source = clip_source(path)
+        try:
+            source = clip_label(path)[0]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            tqdm.write(f"skipped from now on: {path}: broken clip ({error})")
+            continue
         chosen = any(fnmatch.fnmatch(source, f"*{p}*") for p in patterns)
         halves[chosen or is_held_out(source)].append(path)
+    if not patterns and not all(halves) and len(paths) > 1:
+        cut = -max(1, len(paths) // 10)
+        halves = paths[:cut], paths[cut:]
     return halves
 
 
@@ -837,22 +862,26 @@ class ClipDataset(torch.utils.data.Dataset):
         sync [S, D] or [80, 4S] the sound of just these frames for the sync expert, in_sync bool,
         mouth [S, 4] int64 box (x0, y0, x1, y1) of the lips with a margin, amplitude [S] float32,
         gamma, brightness float32 scalars, clip int64, start int64.
-        features: key of the frozen encoder's files (feature_path); None: scratch, from the mel.
+        features: key of the frozen encoder's files (feature_path); None: scratch, from the mel. offsets {source: frames}:
+        by how much a video's own sound is late (train.find_offsets).
     Choice: sample i depends on (seed, i) only, so a resumed run sees what it would have seen. Folders are drawn in
         proportion to the square root of their clips, so one large folder does not drown the others.
         Amplitude: in a share of the samples frame t's sound is paired, within the clip, with the picture whose
         mouth is a times as open as at t, and a is the coefficient: so the coefficient really means opening.
+        In the first `spread` samples the S frames lie anywhere in the clip, not in a row: neighbours look alike, so
+        these teach more, and the sync loss, which needs a row, comes later.
     """
     POOL = CLIP_SECONDS * FPS                     # P, longest clip in frames
 
     def __init__(self, paths, config, group=5, seed=0, amplitude_share=0.3, random_refs=False, augment=True,
-                 features=None, sync_audio=None):
+                 features=None, sync_audio=None, offsets=None, spread=0):
+        self.offsets, self.spread = offsets or {}, spread
         self.paths, self.config, self.group, self.seed = list(paths), config, group, seed
         self.amplitude_share, self.random_refs, self.augment = amplitude_share, random_refs, augment
         self.features, self.sync_audio = features, sync_audio or ("features" if features else "mel")
         if not self.paths:
             raise BadInput("no clips to train on: is DIR right, and were clips kept?")
-        folders = [str(Path(clip_source(p)).parent) for p in self.paths]
+        folders = [str(Path(clip_label(p)[0]).parent) for p in self.paths]
         counts = Counter(folders)
         weights = np.array([counts[f] ** -0.5 for f in folders])
         self.chances = np.cumsum(weights / weights.sum())
@@ -874,27 +903,27 @@ class ClipDataset(torch.utils.data.Dataset):
                 self.broken.add(path)
                 tqdm.write(f"skipped from now on: {error}" if str(path) in str(error) else f"skipped from now on: {path}: {error}")
                 continue
+            features = move_sound(clip, features, self.offsets.get(clip.source, 0))
             if len(clip) >= self.group + 12:
-                return self.sample(clip, features, self.paths.index(path), rng)
+                return self.sample(clip, features, self.paths.index(path), rng, index < self.spread)
         raise BadInput(f"{self.paths[0].parent}: hardly a clip there can be read; prepare the folder again")
 
-    def sample(self, clip, features, number, rng):
+    def sample(self, clip, features, number, rng, spread):
         S, size = self.group, self.config.image_size
         start = int(rng.integers(0, len(clip) - S + 1))
         heard = np.arange(start, start + S)       # whose sound
+        if spread:
+            heard = np.sort(rng.choice(len(clip), S, replace=False))
         shown, amplitude = heard, np.ones(S, np.float32)
         if rng.random() < self.amplitude_share:
             shown, amplitude = pair_amplitude(clip, heard, rng)
-        exclude = (shown.min() - 5, shown.max() + 5)
         if self.random_refs:
             refs = rng.choice(len(clip), self.config.refs)
         else:
             refs = select_references(clip.shapes, clip.poses, self.config.refs, pose=clip.poses[shown[S // 2]],
-                                     exclude=exclude, rng=rng)
+                                     exclude=shown, rng=rng)
         flip = self.augment and rng.random() < 0.5
-        pictures = np.stack([clip.frame(i) for i in [*refs, *shown]])            # [R+S, 256, 256, 3]
-        if size != CROP_PX:
-            pictures = np.stack([cv2.resize(p, (size, size), interpolation=cv2.INTER_AREA) for p in pictures])
+        pictures = np.stack([clip.frame(i, size) for i in [*refs, *shown]])      # [R+S, H, W, 3]
         lips = clip.landmarks[shown][:, LIPS_OUTER].copy()           # [S, n, 2]
         if flip:
             pictures, lips[..., 0] = pictures[:, :, ::-1], CROP_PX - lips[..., 0]
@@ -905,7 +934,7 @@ class ClipDataset(torch.utils.data.Dataset):
         sample = dict(
             refs=pictures[:self.config.refs], target=pictures[self.config.refs:],
             mouth=torch.from_numpy(mouth.clip(0, size).round().astype(np.int64)),
-            amplitude=torch.from_numpy(amplitude), in_sync=torch.tensor(bool((shown == heard).all())),
+            amplitude=torch.from_numpy(amplitude), in_sync=torch.tensor(bool((shown == heard).all() and not spread)),
             flip=torch.tensor(bool(flip)), gamma=torch.tensor(np.exp(rng.normal(0, 0.2)) if self.augment else 1.0, dtype=torch.float32),
             brightness=torch.tensor(rng.uniform(0.8, 1.2) if self.augment else 1.0, dtype=torch.float32),
             clip=torch.tensor(number), start=torch.tensor(start))
@@ -916,9 +945,20 @@ class ClipDataset(torch.utils.data.Dataset):
             mel[:, :clip.mel.shape[1]] = clip.mel[:, :mel.shape[1]]
             sample.update(mel=torch.from_numpy(mel), window=window)
         sample["sync"] = torch.from_numpy(
-            features[heard].astype(np.float32) if self.sync_audio == "features"
+            features[start:start + S].astype(np.float32) if self.sync_audio == "features"
             else clip.mel[:, start * MEL_PER_FRAME:(start + S) * MEL_PER_FRAME].astype(np.float32))
         return sample
+
+
+def heard_at(series, late):
+    """[T, D] -> [T, D]: what comes `late` steps later; the ends repeat."""
+    return series[(np.arange(len(series)) + late).clip(0, len(series) - 1)]
+
+
+def move_sound(clip, features, late):
+    """The clip's mel and its features [T, D] (or None), taken `late` frames later. -> features"""
+    clip.mel = heard_at(clip.mel.T, late * MEL_PER_FRAME).T
+    return features if features is None else heard_at(features, late)
 
 
 def pair_amplitude(clip, heard, rng):
@@ -935,9 +975,8 @@ def pair_amplitude(clip, heard, rng):
 
 
 def lower_halves(clip, frames):
-    """Half-size lower halves, what the experts see: uint8 RGB [n, 3, 64, 128]. Decoded at half size, so 3 times faster."""
-    pieces = (clip.jpegs[clip.offsets[i]:clip.offsets[i + 1]] for i in frames)
-    pictures = np.stack([cv2.imdecode(p, cv2.IMREAD_REDUCED_COLOR_2)[CROP_PX // 4:, :, ::-1] for p in pieces])
+    """Half-size lower halves, what the experts see: uint8 RGB [n, 3, 64, 128]"""
+    pictures = np.stack([clip.frame(i, CROP_PX // 2)[CROP_PX // 4:] for i in frames])
     return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
 
 
@@ -951,7 +990,7 @@ class SyncDataset(ClipDataset):
     """
     WRONG = 4
 
-    def sample(self, clip, features, number, rng):
+    def sample(self, clip, features, number, rng, spread):
         S = self.group
         start = int(rng.integers(0, len(clip) - S + 1))
         wrong = rng.choice([i for i in range(len(clip) - S + 1) if abs(i - start) >= S], self.WRONG)
@@ -975,7 +1014,7 @@ class SentenceDataset(torch.utils.data.Dataset):
 
     Patent: S3(2).
     Shapes: video [T, 3, 64, 128] uint8, text str; `collate` pads a batch to video [B, T, ...], length [B], texts.
-    Choice: mirrored at random.
+    Choice: at random mirrored, and slower or faster by up to a quarter.
     """
 
     def __init__(self, paths, seed=0):
@@ -988,7 +1027,8 @@ class SentenceDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, int(index)])
         number = int(rng.integers(len(self.paths)))
         clip = load_clip(self.paths[number])
-        video = lower_halves(clip, range(len(clip)))
+        frames = np.arange(0, len(clip) - 0.5, rng.uniform(0.8, 1.25)).round().astype(int)
+        video = lower_halves(clip, frames)
         video = video[..., ::-1].copy() if rng.random() < 0.5 else video
         return torch.from_numpy(video), clip.text, number
 

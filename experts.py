@@ -4,13 +4,13 @@
     mouth         | mouth_view                                         | -
     sync expert   | SyncXNet, sync_batch_loss                          | S3(1), Fig. 8
     robustness    | corrupt_sound, jitter_pictures                     | S3(1)
-    offset        | sync_curve, measure_offset                         | -
+    offset        | embed_clip, sync_curve, measure_offset             | -
     lip reader    | LipReader, lip_batch_loss, encode_text             | S3(2)
     a whole video | watch_video, measure_video; python experts.py VIDEO | S12
 
 Axes: B batch, S = 5 frames of a group, T video frames, D audio width, E embedding, G groups, K wrong sounds, N tokens, V kinds of
 token, M memory width. "Pictures" are RGB 0..1, the lower half of an upright face crop [3, H, 2H] (128 x 256 of the 256 px crop)
-or the view of the mouth that mouth_view has already cut from it. Offsets are in frames of 40 ms, + = the sound comes late.
+half of that in training clips, or the view of the mouth that mouth_view has already cut from it. Offsets are in frames of 40 ms, + = the sound comes late.
 """
 import argparse
 import json
@@ -91,7 +91,8 @@ class SyncXNet(nn.Module):
     Shapes: embed_video(pictures [B, S, 3, H, 2H]) -> [B, E] >= 0; embed_audio(features [B, S, D]) -> [B, E] >= 0, or
         mel [B, 80, 4S] with audio="mel".
     Choice: both end in BatchNorm and ReLU, so that the cosine lies in 0..1 and starts near the middle. Whisper stays outside,
-        frozen: its features of the S frames come in. "full" is ResNeXt-50 32x4d with 3S input planes, weights=None, "imagenet"
+        frozen: its features of the S frames come in; with audio="mel" a ScratchEncoder is learned here, and the generator
+        then begins with it, so that it need not learn to hear from pictures. "full" is ResNeXt-50 32x4d with 3S input planes, weights=None, "imagenet"
         or a file; "small", for CPUs, sees the mouth at 40 x 80 through four ResNeXt blocks, 11 MMAC a group.
     """
 
@@ -104,30 +105,27 @@ class SyncXNet(nn.Module):
         else:
             blocks = [resnext_block(*sizes) for sizes in ((32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 256, 2))]  # [B, 256, 3, 5]
             self.video = nn.Sequential(conv(planes, 32, 3, 2), nn.ReLU(), *blocks, conv(256, 32), nn.ReLU(), nn.Flatten(), nn.Linear(480, E))
-        if audio == "features":
-            self.norm = nn.LayerNorm(audio_dim)
-            self.audio = nn.Sequential(nn.Conv1d(audio_dim, width, 1), nn.ReLU(), nn.Conv1d(width, width, 3, padding=1),
-                                       nn.BatchNorm1d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * GROUP, E))
-        else:  # [B, 1, 80, 20] -> [B, width, 5, 5]
-            steps = ((1, width // 4, (2, 1)), (width // 4, width // 2, 2), (width // 2, width // 2, 2), (width // 2, width, (2, 1)))
-            layers = [layer for before, after, stride in steps for layer in (conv(before, after, 3, stride), nn.ReLU())]
-            self.audio = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * 25, E))
+        self.listen = lipsync.ScratchEncoder(audio_dim) if audio == "mel" else None
+        self.norm = nn.LayerNorm(audio_dim)
+        self.audio = nn.Sequential(nn.Conv1d(audio_dim, width, 1), nn.ReLU(), nn.Conv1d(width, width, 3, padding=1),
+                                   nn.BatchNorm1d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * GROUP, E))
         self.video_norm, self.audio_norm = nn.BatchNorm1d(E), nn.BatchNorm1d(E)
 
     def embed_video(self, pictures):
         B = check(pictures, "B S 3 H W", "sync.pictures", S=GROUP).shape[0]
         if self.arch["size"] == "small":
             pictures = mouth_view(pictures, VIEW_PX["small"])
+        else:                                     # the size that training clips have
+            pictures = fn.adaptive_avg_pool2d(pictures.flatten(0, 1), (64, 128)).unflatten(0, (B, GROUP))
         planes = (pictures * 4 - 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)          # [B, 3S, h, w]
         return check(self.video_norm(self.video(planes)).relu(), "B E", "sync.video_embedding", B=B)
 
     def embed_audio(self, sound):
-        if self.arch["audio"] == "features":
-            B = check(sound, "B S D", "sync.features", S=GROUP, D=self.arch["audio_dim"]).shape[0]
-            sound = self.norm(sound).mT                                                                  # [B, D, S]
-        else:
-            B = check(sound, "B X Y", "sync.mel", X=N_MELS, Y=GROUP * MEL_PER_FRAME).shape[0]
-            sound = sound[:, None]                                                                       # [B, 1, 80, 4S]
+        if self.listen is not None:
+            check(sound, "B X Y", "sync.mel", X=N_MELS, Y=GROUP * MEL_PER_FRAME)
+            sound = self.listen.encode_mel(sound)                                                        # [B, S, D]
+        B = check(sound, "B S D", "sync.features", S=GROUP, D=self.arch["audio_dim"]).shape[0]
+        sound = self.norm(sound).mT                                                                      # [B, D, S]
         return check(self.audio_norm(self.audio(sound)).relu(), "B E", "sync.audio_embedding", B=B)
 
 
@@ -168,6 +166,14 @@ def jitter_pictures(pictures, strength=1.0):
     return ((moved - mean) * contrast + light + 0.02 * strength * torch.randn_like(pictures)).clamp(0, 1)
 
 
+def add_noise(wave, decibels, rng, exponent=0.0):
+    """Noise `decibels` below the speech, falling with frequency**exponent (0 white, 1 brown). float32 [N] -> [N]"""
+    spectrum = np.fft.rfft(rng.standard_normal(len(wave)))
+    noise = np.fft.irfft(spectrum / np.maximum(np.arange(len(spectrum)), 20) ** exponent, len(wave))
+    level = math.sqrt(np.mean(wave**2) / np.mean(noise**2)) * 10 ** (-decibels / 20)
+    return (wave + level * noise).astype(np.float32)
+
+
 def corrupt_sound(wave, rng):
     """Another room and microphone: echo, noise 0..20 dB below the speech, gain -12..6 dB. float32 [N] -> float32 [N], -1..1."""
     wave = np.asarray(wave, np.float32)
@@ -178,10 +184,8 @@ def corrupt_sound(wave, rng):
         room[0] = 1
         size = 1 << (len(wave) + length).bit_length()
         wave = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(room, size), size)[:len(wave)]
-    spectrum = np.fft.rfft(rng.standard_normal(len(wave)))
-    noise = np.fft.irfft(spectrum / np.maximum(np.arange(len(spectrum)), 20) ** rng.choice([0, 0.5, 1]), len(wave))  # white, pink, brown
-    level = math.sqrt(np.mean(wave**2) / np.mean(noise**2)) * 10 ** (-rng.uniform(0, 20) / 20)
-    return ((wave + level * noise) * 10 ** (rng.uniform(-12, 6) / 20)).clip(-1, 1).astype(np.float32)
+    noisy = add_noise(wave, rng.uniform(0, 20), rng, rng.choice([0, 0.5, 1]))
+    return (noisy * 10 ** (rng.uniform(-12, 6) / 20)).clip(-1, 1)
 
 
 # ---------------------------------------------------------------- the offset of a clip
@@ -205,6 +209,20 @@ def sync_curve(video, audio, valid=None, max_shift=MAX_SHIFT):
 
 
 @torch.no_grad()
+def embed_clip(sync, pictures, sound):
+    """Every S frames of a clip and their sound. pictures [T, 3, H, 2H] uint8 or 0..1, sound [T, D] or mel [80, 4T] -> two [G, E], G = T-S+1"""
+    device, mel = next(sync.parameters()).device, sync.arch["audio"] == "mel"
+    pictures, sound, video, audio = torch.as_tensor(pictures), torch.as_tensor(sound), [], []
+    T = min(len(pictures), sound.shape[1] // MEL_PER_FRAME if mel else len(sound))
+    for first in range(0, T - GROUP + 1, 32):
+        starts = range(first, min(first + 32, T - GROUP + 1))
+        groups = torch.stack([pictures[i:i + GROUP] for i in starts]).to(device)                         # [32, S, 3, H, 2H]
+        heard = torch.stack([sound[:, i * MEL_PER_FRAME:(i + GROUP) * MEL_PER_FRAME] if mel else sound[i:i + GROUP] for i in starts])
+        video.append(sync.embed_video(groups.float() / (255 if groups.dtype == torch.uint8 else 1)))
+        audio.append(sync.embed_audio(heard.to(device).float()))
+    return (torch.cat(video), torch.cat(audio)) if video else (torch.empty(0, 1), torch.empty(0, 1))
+
+
 def measure_offset(sync, pictures, sound, found=None):
     """By how many frames the sound differs from the lips, found as SyncNet does (Chung & Zisserman, 2016).
 
@@ -212,23 +230,27 @@ def measure_offset(sync, pictures, sound, found=None):
     {"offset": frames, + = sound late; "distance": the curve's minimum; "confidence": its median - minimum; "curve": list}.
     BadInput if nowhere S frames in a row have a face and a sound.
     """
-    device, mel = next(sync.parameters()).device, sync.arch["audio"] == "mel"
-    pictures, sound = torch.as_tensor(pictures), torch.as_tensor(sound)
-    T = min(len(pictures), sound.shape[1] // MEL_PER_FRAME if mel else len(sound))
-    found = torch.ones(T, dtype=torch.bool) if found is None else torch.as_tensor(found)[:T]
-    valid = found.unfold(0, GROUP, 1).all(1) if T >= GROUP else found[:0]                                # [G]
+    video, audio = embed_clip(sync, pictures, sound)
+    found = torch.ones(len(video) + GROUP - 1, dtype=torch.bool) if found is None else torch.as_tensor(found)[:len(video) + GROUP - 1]
+    valid = found.unfold(0, GROUP, 1).all(1) if len(video) else found[:0]                                # [G]
     if not valid.any():
         raise BadInput(f"no {GROUP} frames in a row have a face and a sound: nothing to measure")
-    video, audio = [], []
-    for starts in torch.arange(len(valid)).split(32):
-        groups = torch.stack([pictures[i:i + GROUP] for i in starts]).to(device)                         # [32, S, 3, H, 2H]
-        heard = torch.stack([sound[:, i * MEL_PER_FRAME:(i + GROUP) * MEL_PER_FRAME] if mel else sound[i:i + GROUP] for i in starts])
-        video.append(sync.embed_video(groups.float() / (255 if groups.dtype == torch.uint8 else 1)))
-        audio.append(sync.embed_audio(heard.to(device).float()))
-    curve = sync_curve(torch.cat(video), torch.cat(audio), valid)
+    curve = sync_curve(video, audio, valid)
     best = int(curve.nan_to_num(math.inf).argmin())
     return dict(offset=best - MAX_SHIFT, distance=float(curve[best]), confidence=float(curve.nanmedian() - curve[best]),
                 curve=[None if math.isnan(value) else value for value in curve.tolist()])
+
+
+def sync_accuracy(video, audio, span=1):
+    """Share of right answers, half of them on true pairs, half on sounds without a common frame: is the cosine over 0.5?
+
+    video, audio [G, E] of one clip, span: how many groups in a row the cosine is averaged over -> 0..1.
+    """
+    pairs = fn.normalize(video.float()) @ fn.normalize(audio.float()).T                                  # [G lips, G sounds]
+    pairs = fn.conv2d(pairs[None, None], torch.eye(span).to(pairs)[None, None] / span)[0, 0]             # [G-span+1, G-span+1]
+    at = torch.arange(len(pairs), device=pairs.device)
+    apart = (at[:, None] - at).abs() >= GROUP
+    return float(((pairs.diagonal() > 0.5).float().mean() + (pairs[apart] <= 0.5).float().mean()) / 2)
 
 
 # ---------------------------------------------------------------- S3(2) the lip reader
@@ -348,9 +370,9 @@ def lip_batch_loss(reader, pictures, tokens, lengths=None):
 
 
 # ---------------------------------------------------------------- a whole video
-def pack_expert(net):
+def pack_expert(net, shrink=lambda value: value):
     """An expert (or None) as plain types and tensors, for a checkpoint; load_expert rebuilds it, in eval mode."""
-    return net and {"arch": net.arch, "state": {name: value.cpu() for name, value in net.state_dict().items()}}
+    return net and {"arch": net.arch, "state": {name: shrink(value).cpu() for name, value in net.state_dict().items()}}
 
 
 def load_expert(content):

@@ -216,7 +216,10 @@ class WhisperEncoder(nn.Module):
 
     def __init__(self, dims):
         super().__init__()
-        from whisper.model import AudioEncoder
+        try:
+            from whisper.model import AudioEncoder
+        except ImportError:
+            raise BadInput("the package openai-whisper is missing: pip install openai-whisper, or use --audio-encoder scratch") from None
         self.dims, self.dim = dict(dims), dims["n_audio_state"]
         self.encoder = AudioEncoder(dims["n_mels"], dims["n_audio_ctx"], dims["n_audio_state"],
                                     dims["n_audio_head"], (dims["n_audio_layer"] + 1) // 2)
@@ -279,7 +282,8 @@ class ScratchEncoder(nn.Module):
     Patent: S2(1), Fig. 3, "or build an audio encoder and train it from scratch".
     Shapes: wave [B, N] 16 kHz, -1..1 -> features [B, L, D]; encode_mel: mel [B, 80, 4L] -> [B, L, D].
     Choice: Fig. 3 gives no layers; we take a Conv1d stack on whisper's log-mel, two of stride 2 (100 -> 25 a second),
-        no normalisation over time, so that a feature hears 0.3 s of sound and nothing of the rest.
+        so that a feature hears 0.3 s of sound and nothing of the rest: each moment is normalised by itself. Without that
+        the features grew until the attention's gradient exploded (to 1e9).
     """
     frozen = False
 
@@ -289,12 +293,13 @@ class ScratchEncoder(nn.Module):
         widths = (N_MELS, dim, dim, dim, dim)
         self.layers = nn.ModuleList(nn.Conv1d(a, b, k, stride, padding=k // 2) for a, b, k, stride in
                                     zip(widths, widths[1:], (5, 4, 4, 3), (1, 2, 2, 1)))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.layers)
 
     def encode_mel(self, mel):
         check(mel, "B 80 M", "audio.mel")
         x = mel
-        for layer in self.layers:
-            x = fn.leaky_relu(layer(x), 0.1)[..., :x.shape[-1] // layer.stride[0]]
+        for layer, norm in zip(self.layers, self.norms):
+            x = fn.leaky_relu(norm(layer(x).mT).mT, 0.1)[..., :x.shape[-1] // layer.stride[0]]
         return x.mT                               # [B, L, D]
 
     def forward(self, wave):
@@ -318,12 +323,12 @@ def parse_audio_encoder(text):
 
 def load_whisper(source):
     """dims and encoder weights from a whisper name, a full or encoder-only whisper file, or a checkpoint of ours."""
-    import whisper
     path = pathlib.Path(source).expanduser()
     try:
         if path.is_file():
             saved = torch.load(path, map_location="cpu", weights_only=True)
         else:
+            import whisper
             model = whisper.load_model(source, device="cpu")
             saved = {"dims": dataclasses.asdict(model.dims), "model_state_dict": model.state_dict()}
         if "audio_encoder" in saved:              # a checkpoint of ours that carries a whisper encoder

@@ -7,17 +7,20 @@
     eval      | evaluate, measure_clip | the held-out table, with its baselines
     all       | fit                    | one loop for the three: schedule, log, checkpoint, resume
 
-`python train.py --data DIR --preset edge` runs what is not yet done and ends with the table. RUN/ holds config.json,
-log.csv, samples/, curves.png, the resumable sync.pt, lip.pt, generator.pt, and weights.pt for infer.py.
+`python train.py --data DIR --preset edge` runs the stages that are not yet done and ends with the table. RUN/ holds config.json,
+log.csv, samples/, curves.png, offsets.json, the resumable sync.pt, lip.pt, generator.pt, and weights.pt for infer.py; eval adds eval.json,
+amplitude.png and a strip of pictures over time for each folder.
 Axes as in lipsync.py.
 """
 import argparse
 import csv
 import dataclasses
+import inspect
 import json
 import math
 import os
 import pathlib
+import re
 import signal
 import time
 import zlib
@@ -37,6 +40,8 @@ import losses
 from lipsync import FPS, BadInput
 
 STAGES = ("sync", "lip", "generator")
+OPEN_PX = 8                          # height of a mouth that shows its teeth, px of the 256 px crop
+OFFSETS, SURE = 5, 0.05              # frames that a video's own sound may be off; confidence from which it is believed
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,23 @@ class TrainConfig:
     group: int = 5                   # S, frames of a group (S3(1))
     micro: int = 0                   # groups per forward; fewer than batch accumulates gradients; 0: batch
     lr: float = 1e-4                 # Adam's, after warm-up (S3)
-    expert_lr: float = 1e-3          # of the two experts
+    sync_lr: float = 1e-3            # of the sync expert
+    lip_lr: float = 1e-3             # of the lip reader
     warmup: float = 0.03             # share of the steps in which the rate rises from 0
     rec_weight: float = 1.0          # reconstruction loss
     mouth_weight: float = 4.0        # extra weight of the mouth's pixels inside it; 0 = the patent
-    sync_weight: float = 0.03        # sync loss
-    lip_weight: float = 1e-3         # lip-reading loss
+    sync_weight: float = 0.01        # sync loss
+    lip_weight: float = 0.1          # lip-reading loss
     perceptual_weight: float = 0.01  # perceptual loss, sum over scales
-    gan_weight: float = 0.01         # adversarial loss
-    sync_start: float = 0.3          # share of the steps before sync and lip losses enter
+    gan_weight: float = 0.05         # adversarial loss
+    sync_start: float = 0.5          # share of the steps before sync and lip losses enter
     gan_start: float = 0.5           # share of the steps before the adversarial loss enters
     gan: str = "non_saturating"      # or patent
     vgg: str = "imagenet"            # perceptual features: imagenet, a weight file, or random
+    keep_offsets: bool = False       # leave each video's sound where it is, not where the sync expert finds it
     amplitude_share: float = 0.3     # share of samples that teach the amplitude coefficient
     expert_size: str = "small"       # small or full experts
-    sync_audio: str = ""             # what the sync expert hears: features (whisper's) or mel; empty: by encoder
+    sync_audio: str = ""             # what the sync expert hears: features (whisper's) or mel, through an encoder of its own; empty: by encoder
     min_sync_accuracy: float = 0.75  # below it the generator refuses to train on the expert
     held_out: str = ""               # comma-separated names (glob) of videos never trained on, beside a hashed tenth
     weights: str = ""                # start from this checkpoint
@@ -90,13 +97,28 @@ class TrainConfig:
     eval_clips: int = 40             # held-out clips measured by eval, spread over folders
 
 
+# The weights above keep every gradient near the reconstruction's. Norms at weight 1, edge preset after 50,000 frames: reconstruction 0.12,
+# sync 8, GAN 0.9, and lip 0.1 (tiny preset). Sync at 0.03 drowned the picture; GAN at 0.01 did nothing.
+
+# What a preset changes. VGG costs 25 times what the edge network costs, so without a GPU it stays away.
+TRAINING = {
+    "full": {},
+    "edge": dict(batch=4, lr=5e-4, sync_lr=2e-3, perceptual_weight=0.0, mouth_weight=12.0),
+    "tiny": dict(batch=4, lr=1e-3, sync_lr=2e-3, perceptual_weight=0.0, mouth_weight=12.0, sync_start=0.85, gan_start=0.85,
+                 steps=1950, sync_steps=600, lip_steps=400, sample_steps=300, eval_clips=8),
+}
+
+
 # ---------------------------------------------------------------- what a run is made of
 class Run:
     """The parts of a run that never change while it runs: config, device, clips, loaders; no training state."""
 
     def __init__(self, config):
-        self.config, self.device = config, lipsync.pick_device(config.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        own_gpu = self.world > 1 and config.device == "auto" and torch.cuda.is_available()
+        self.config, self.device = config, lipsync.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.out = pathlib.Path(config.out)
         if self.rank == 0 and (not data.list_clips(config.data) or data.list_videos(config.data)):
             data.print_report(data.prepare(config.data))             # a folder of prepared clips alone is fine, too
@@ -111,7 +133,7 @@ class Run:
     def loader(self, dataset, first, last, batch):
         """Batches first..last of an endless dataset: batch b of this process holds its own fixed sample numbers."""
         order = [((b * self.world + self.rank) * batch + i) for b in range(first, last) for i in range(batch)]
-        return torch.utils.data.DataLoader(dataset, batch, sampler=order, num_workers=self.config.workers,
+        return torch.utils.data.DataLoader(dataset, batch, sampler=order, num_workers=self.config.workers, generator=torch.Generator(),
                                            collate_fn=getattr(dataset, "collate", None), prefetch_factor=4 if self.config.workers else None)
 
 
@@ -149,7 +171,10 @@ def prepare_features(run, noisy=False):
     jobs = [(clip, n) for clip in run.clips + run.held_out for n in ([False, True] if noisy else [False])
             if not data.feature_path(clip, run.features, n).is_file()]
     for path, noise in tqdm(jobs[run.rank::run.world], desc="audio features", unit="clip", disable=not jobs):
-        clip = data.load_clip(path)
+        try:
+            clip = data.load_clip(path)
+        except BadInput:
+            continue                              # the dataset names it
         wave = clip.wave.astype(np.float32) / 32768
         if noise:
             wave = experts.corrupt_sound(wave, np.random.default_rng([run.config.seed, data.hash_of(path.name)]))
@@ -209,14 +234,15 @@ def fit(run, task):
         for name, part in task.parts.items():
             part.load_state_dict(saved["state"][name])
         first = saved["step"]
-        torch.set_rng_state(saved["random"])
+        torch.set_rng_state(saved["random"][0])
+        torch.cuda.set_rng_state_all(saved["random"][1:])
     stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def save(step):
         if run.rank == 0:
             state = {name: part.state_dict() for name, part in task.parts.items()}
-            lipsync.save_checkpoint(path, {**task.content(), "state": state, "step": step, "random": torch.get_rng_state()})
+            lipsync.save_checkpoint(path, {**task.content(), "state": state, "step": step, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]})
 
     if first == 0:
         save(0)                                   # a full disk or a wrong folder shows before the work, not after it
@@ -293,7 +319,9 @@ def draw_panel(title, x, y, width=480, height=220):
 
 
 def save_panels(png, panels):
-    """Panels two in a row."""
+    """Panels two in a row; no file if there is none."""
+    if not panels:
+        return
     panels = panels + [np.full_like(panels[0], 255)] * (len(panels) % 2)
     cv2.imwrite(str(png), np.vstack([np.hstack(panels[i:i + 2]) for i in range(0, len(panels), 2)])[..., ::-1])
 
@@ -321,7 +349,7 @@ def sync_task(run):
     prepare_features(run, noisy=True)
     net = experts.SyncXNet(config.expert_size, run.sync_audio, run.net_config.audio_dim).to(run.device)
     net.to(memory_format=torch.channels_last)
-    optimizer, scheduler = adam(net.parameters(), config.expert_lr, config.sync_steps, config.warmup)
+    optimizer, scheduler = adam(net.parameters(), config.sync_lr, config.sync_steps, config.warmup)
 
     def step(batch, number):
         net.train()
@@ -351,16 +379,17 @@ def foreign_sounds(batch):
 def lip_task(run):
     """S3(2): the text of a whole clip from its lower halves."""
     config = run.config
-    clips = [p for p in run.clips if data.load_clip(p).text]
+    clips = [p for p in run.clips if data.clip_label(p)[1]]
     if not clips:
         return None
     net = experts.LipReader(config.expert_size).to(run.device)
-    optimizer, scheduler = adam(net.parameters(), config.expert_lr, config.lip_steps, config.warmup)
+    optimizer, scheduler = adam(net.parameters(), config.lip_lr, config.lip_steps, config.warmup)
 
     def step(batch, number):
         net.train()
         with lipsync.autocast(run.device):
-            loss = experts.lip_batch_loss(net, experts.jitter_pictures(halves(batch["video"])), batch["tokens"], batch["length"])
+            pictures = experts.jitter_pictures(halves(batch["video"]), 0.5)
+            loss = experts.lip_batch_loss(net, pictures, batch["tokens"], batch["length"])
         loss.backward()
         norm = update(run, [net], optimizer, scheduler)
         return dict(total=loss.item(), lip=loss.item(), lr=scheduler.get_last_lr()[0], grad_norm=norm)
@@ -371,32 +400,61 @@ def lip_task(run):
 
 
 def load_experts(run):
-    """The experts trained by this run, frozen: [sync or None, reader or None]"""
+    """The experts trained by this run, else those inside --weights, frozen: [sync or None, reader or None]"""
+    given = lipsync.load_checkpoint(run.config.weights) if run.config.weights else {}
     nets = []
     for name in ("sync", "lip"):
-        path, net = run.out / f"{name}.pt", None
+        path, content = run.out / f"{name}.pt", given.get(name)
         if path.is_file():
             saved = lipsync.load_checkpoint(path, name)
-            net = freeze(experts.load_expert({"arch": saved["arch"], "state": saved["state"]["net"]}).to(run.device))
-            net.accuracy = saved.get("accuracy", 0.0)
-        nets.append(net)
+            content = {"arch": saved["arch"], "state": saved["state"]["net"]}
+        nets.append(content and freeze(experts.load_expert(content).to(run.device)))
     return nets
 
 
-@torch.no_grad()
-def grade_sync(run, task, samples=200):
-    """Held-out accuracy of the sync expert (cosine over 0.5 for true sound, under it for the same clip's wrong ones), into its file."""
-    dataset = data.SyncDataset(run.held_out or run.clips, run.net_config, run.config.group, seed=1, features=run.features, sync_audio=run.sync_audio)
-    net, right = task.parts["net"].eval(), []
-    for i in range(0, samples, 20):
-        batch = torch.utils.data.default_collate([dataset[j] for j in range(i, i + 20)])
-        _, accuracy = experts.sync_batch_loss(net, halves(batch["pictures"].to(run.device)), batch["sound"].to(run.device),
-                                              batch["wrong"].to(run.device))
-        right.append(float(accuracy))
-    path = run.out / "sync.pt"
-    content = lipsync.load_checkpoint(path, "sync")
-    lipsync.save_checkpoint(path, {**content, "accuracy": float(np.mean(right))})
-    print(f"sync: accuracy {np.mean(right):.3f} on {samples} held-out groups")
+def heard_by(sync, clip, features):
+    """The sound of a clip as this sync expert takes it: features [T, D], or mel [80, 4T]"""
+    return torch.from_numpy(clip.mel.astype(np.float32)) if sync.arch["audio"] == "mel" else torch.as_tensor(features, dtype=torch.float32)
+
+
+def watch_clips(run, sync, paths):
+    """-> per readable clip: path, its source, what embed_clip makes of it"""
+    for path in tqdm(paths, desc="lips and sound", unit="clip", disable=run.rank > 0):
+        try:
+            clip = data.load_clip(path)
+            features = np.load(data.feature_path(path, run.features)) if run.features else None
+        except (BadInput, OSError, ValueError):
+            continue                              # the dataset names it
+        if len(clip) > 2 * experts.GROUP:
+            yield path, clip.source, *experts.embed_clip(sync, data.lower_halves(clip, range(len(clip))), heard_by(sync, clip, features))
+
+
+def grade_sync(run, sync):
+    """Held-out accuracy of the sync expert: cosine over 0.5 for true sound, under it for the same clip's other sound. -> 0..1"""
+    paths = run.held_out or run.clips
+    return float(np.mean([experts.sync_accuracy(video, audio) for *_, video, audio in watch_clips(run, sync, paths[::max(1, len(paths) // 60)])]))
+
+
+def lateness(curves):
+    """What sync_curve found in the clips of one video -> frames; 0 where the expert is not sure, and for a single frame, its own error."""
+    curve = torch.stack(curves).nanmean(0)
+    offset = int(curve.nan_to_num(math.inf).argmin()) - OFFSETS
+    return offset if abs(offset) > 1 and curve.nanmedian() - curve.nan_to_num(math.inf).min() > SURE else 0
+
+
+def find_offsets(run, sync):
+    """By how many frames the sound of each source video is late: {source: frames}. Videos from the web are often one to three
+    frames off, which teaches a generator to mumble (LatentSync, 2024, shifts them, too)."""
+    path, curves = run.out / "offsets.json", {}
+    offsets = json.loads(path.read_text()) if run.config.resume and path.is_file() else {}   # a resumed run need not look again
+    for _, source, video, audio in watch_clips(run, sync, [p for p in run.clips if data.clip_label(p)[0] not in offsets]):
+        curves.setdefault(source, []).append(experts.sync_curve(video, audio, max_shift=OFFSETS))
+    offsets.update({source: lateness(some) for source, some in curves.items()})
+    if run.rank == 0:
+        path.write_text(json.dumps(offsets))
+        counts = np.unique(list(offsets.values()), return_counts=True)
+        print("sound moved to the lips, frames: videos  " + ", ".join(f"{o:+d}: {n}" for o, n in zip(*counts)))
+    return offsets
 
 
 def freeze(module):
@@ -457,13 +515,18 @@ def generator_task(run):
     """The step of S3: L = rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts frozen."""
     config = run.config
     prepare_features(run)
-    sync, reader = load_experts(run)
-    reasons = loss_report(run, sync, reader)
-    sync = None if sync and sync.accuracy < config.min_sync_accuracy else sync
+    sync, reader = judges = load_experts(run)
+    accuracy = sync and grade_sync(run, sync)
+    reasons = loss_report(run, accuracy, reader)
+    sync = sync if sync and accuracy >= config.min_sync_accuracy else None
+    run.sync_audio = sync.arch["audio"] if sync else run.sync_audio              # the expert may come from --weights
+    offsets = find_offsets(run, sync) if sync and not config.keep_offsets else {}
     net = lipsync.LipSync(run.net_config).to(run.device, memory_format=torch.channels_last)
     audio_encoder = run.audio_encoder
     if config.weights:
         start_from(net, audio_encoder, config.weights)
+    elif not audio_encoder.frozen and judges[0] and judges[0].listen and judges[0].arch["audio_dim"] == audio_encoder.dim:
+        audio_encoder.load_state_dict(judges[0].listen.state_dict())             # it has learned to hear beside the sync expert
     modules = [net] + ([] if audio_encoder.frozen else [audio_encoder])
     optimizer, scheduler = adam([p for m in modules for p in m.parameters()], config.lr, config.steps, config.warmup)
     judge = losses.Discriminator().to(run.device, memory_format=torch.channels_last)
@@ -499,20 +562,21 @@ def generator_task(run):
 
     def step(batch, number):
         net.train(), audio_encoder.train()
-        figures, count = {}, -(-config.batch // micro)
-        pairs = []
-        for i in range(count):
-            total, terms, fake, real = one({k: v[i * micro:(i + 1) * micro] for k, v in batch.items()}, number)
-            (total / count).backward()
-            pairs.append((fake, real))
+        figures, pairs = {}, []
+        for i in range(-(-config.batch // micro)):
+            part = {k: v[i * micro:(i + 1) * micro] for k, v in batch.items()}
+            share = len(part["clip"]) / len(batch["clip"])
+            total, terms, fake, real = one(part, number)
+            (total * share).backward()
+            pairs.append((fake, real, share))
             for k, v in {"total": total.item(), **terms}.items():
-                figures[k] = figures.get(k, 0) + v / count
+                figures[k] = figures.get(k, 0) + v * share
         figures.update(grad_norm=update(run, modules, optimizer, scheduler), lr=scheduler.get_last_lr()[0])
         judge_optimizer.zero_grad(set_to_none=True)                  # what the generator's step left there
         if "gan" in figures:
-            for fake, real in pairs:
+            for fake, real, share in pairs:
                 with lipsync.autocast(run.device):
-                    loss = losses.discriminator_loss(judge(real), judge(fake)) / count
+                    loss = losses.discriminator_loss(judge(real), judge(fake)) * share
                 loss.backward()
                 figures["discriminator"] = figures.get("discriminator", 0) + loss.item()
             update(run, [judge], judge_optimizer, judge_scheduler)
@@ -523,21 +587,22 @@ def generator_task(run):
                  judge=judge, judge_optimizer=judge_optimizer, judge_scheduler=judge_scheduler)
     if audio_encoder.frozen:
         del parts["audio"]
-    content = lambda: weights_content(run, net, audio_encoder, *load_experts(run))
+    content = lambda: weights_content(run, net, audio_encoder, *judges)
     dataset = data.ClipDataset(run.clips, run.net_config, config.group, config.seed, config.amplitude_share,
-                               config.random_refs, features=run.features, sync_audio=run.sync_audio)
+                               config.random_refs, features=run.features, sync_audio=run.sync_audio, offsets=offsets,
+                               spread=round(config.sync_start * config.steps) * config.batch * run.world)
     return Task("generator", parts, step, dataset, config.steps, config.batch, config.batch * config.group, content, samples)
 
 
-def loss_report(run, sync, reader):
+def loss_report(run, accuracy, reader):
     """Which losses run, from when on, and why one does not: {name: text}"""
     c = run.config
     report = {"reconstruction": f"{c.rec_weight}"}
     report["perceptual"] = f"{c.perceptual_weight} ({c.vgg})" if c.perceptual_weight else "off (weight 0)"
     since = f"from step {round(c.sync_start * c.steps)}"
-    report["sync"] = ("off (weight 0)" if not c.sync_weight else "off (no expert: --stage sync)" if sync is None else
-                      f"off (the expert's held-out accuracy {sync.accuracy:.2f} is below --min-sync-accuracy {c.min_sync_accuracy})"
-                      if sync.accuracy < c.min_sync_accuracy else f"{c.sync_weight} {since}")
+    report["sync"] = ("off (weight 0)" if not c.sync_weight else "off (no expert: --stage sync)" if accuracy is None else
+                      f"off (the expert's held-out accuracy {accuracy:.2f} is below --min-sync-accuracy {c.min_sync_accuracy})"
+                      if accuracy < c.min_sync_accuracy else f"{c.sync_weight} {since} (held-out accuracy {accuracy:.2f})")
     report["lip"] = ("off (weight 0)" if not c.lip_weight else f"{c.lip_weight} {since}" if reader else
                      "off (no lip reader: no clip has a text, or --stage lip has not run)")
     report["gan"] = f"{c.gan_weight} ({c.gan}) from step {round(c.gan_start * c.steps)}" if c.gan_weight else "off (weight 0)"
@@ -559,13 +624,13 @@ def start_from(net, audio_encoder, path):
 
 def weights_content(run, net, audio_encoder, sync, reader, half=False):
     """What a lipsync checkpoint holds for infer.py and experts.py: plain types and tensors."""
-    shrink = lambda module: {k: v.half() if half and v.is_floating_point() else v for k, v in module.state_dict().items()}
-    expert = lambda module: None if module is None else {"arch": module.arch, "state": shrink(module)}
+    shrink = lambda value: value.half() if half and value.is_floating_point() else value
+    state = lambda module: {k: shrink(v) for k, v in module.state_dict().items()}
     notice = "openai/whisper encoder, MIT licence, Copyright (c) 2022 OpenAI" if "whisper" in run.net_config.audio_encoder else ""
     recipe = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in ("data", "out", "weights", "audio_encoder")}
-    return {"kind": "lipsync", "config": dataclasses.asdict(run.net_config), "model": shrink(net),
-            "audio_encoder": {"dims": audio_encoder.dims, "state": shrink(audio_encoder)},
-            "sync": expert(sync), "lip": expert(reader),
+    return {"kind": "lipsync", "config": dataclasses.asdict(run.net_config), "model": state(net),
+            "audio_encoder": {"dims": audio_encoder.dims, "state": state(audio_encoder)},
+            "sync": experts.pack_expert(sync, shrink), "lip": experts.pack_expert(reader, shrink),
             "about": {"recipe": recipe, "notice": notice, "date": time.strftime("%Y-%m-%d"),
                       "data": f"{len(run.clips)} training clips, {len(run.held_out)} held out"}}
 
@@ -600,8 +665,7 @@ class SampleSheet:
 def generate(net, clip, features, amplitude=1.0, device="cpu"):
     """A clip redrawn from its own upper halves and `features` [T, D]. -> uint8 [T, 256, 256, 3]"""
     size, config = net.config.image_size, net.config
-    picture = lambda i: cv2.resize(clip.frame(i), (size, size), interpolation=cv2.INTER_AREA)
-    stack = lambda frames: torch.from_numpy(np.stack([picture(i) for i in frames])).permute(0, 3, 1, 2).to(device).float() / 255
+    stack = lambda frames: torch.from_numpy(np.stack([clip.frame(i, size) for i in frames])).permute(0, 3, 1, 2).to(device).float() / 255
     refs = stack(data.select_references(clip.shapes, clip.poses, config.refs))   # [R, 3, H, W]
     windows = lipsync.AudioSelector(config)(features[None].to(device))[0]        # [T, F, D]
     made = []
@@ -655,6 +719,17 @@ def sharpness(picture, box):
     return float(cv2.Laplacian(cv2.cvtColor(picture[y0:y1, x0:x1], cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
 
+def teeth_variation(pictures, points):
+    """How much the inside of an open mouth changes its look over time: the mean deviation of its luma, 0..255; None with fewer than 5
+    open frames. pictures uint8 [T, 256, 256, 3], points [T, 478, 2] px"""
+    inner, looks = points[:, data.LIPS_INNER], []                    # [T, n, 2]
+    for picture, lips in zip(pictures, inner):
+        (x0, y0), (x1, y1) = lips.min(0).astype(int).clip(0), lips.max(0).astype(int) + 1
+        if y1 - y0 >= OPEN_PX:
+            looks.append(cv2.resize(cv2.cvtColor(picture[y0:y1, x0:x1], cv2.COLOR_RGB2GRAY), (24, 12), interpolation=cv2.INTER_AREA))
+    return float(np.std(looks, 0).mean()) if len(looks) >= 5 else None
+
+
 def measure_pictures(made, clip, tracker, sync, reader, sound):
     """One row of the table: what is made of a clip against what is true. made uint8 [T, 256, 256, 3], sound as the sync expert hears it"""
     half = data.CROP_PX // 2
@@ -671,6 +746,8 @@ def measure_pictures(made, clip, tracker, sync, reader, sound):
         row.update(r=correlation(shapes[:, 0], clip.shapes[:, 0]), lag=lag_of(shapes[:, 0], clip.shapes[:, 0]),
                    opening=float(shapes[:, 0].mean()),
                    lmd=float(np.linalg.norm(points[:, lips] - clip.landmarks[:, lips], axis=-1).mean()))
+        teeth = teeth_variation(made, points), teeth_variation(true, clip.landmarks)
+        row.update({} if None in teeth else dict(teeth=teeth[0] / max(teeth[1], 1e-6)))
     lower = torch.from_numpy(np.ascontiguousarray(made[:, half:].transpose(0, 3, 1, 2)))     # [T, 3, 128, 256]
     lower = fn.interpolate(lower.float() / 255, scale_factor=0.5, mode="area")
     if sync is not None:
@@ -702,56 +779,128 @@ def amplitude_panels(table):
     return panels
 
 
+def spread_over_folders(paths, count):
+    """About `count` of the clips, as many from each folder: [(folder, path)]"""
+    by_folder = {}
+    for path in paths:
+        by_folder.setdefault(str(pathlib.Path(data.clip_label(path)[0]).parent), []).append(path)
+    each = max(1, count // max(1, len(by_folder)))
+    return [(folder, path) for folder, some in by_folder.items() for path in some[::max(1, len(some) // each)][:each]]
+
+
+def average(rows):
+    """Dicts with some of the same keys -> one: how many, and the mean of each column; of a lag or an offset the median."""
+    middle = lambda k: (np.median if k in ("lag", "offset") else np.mean)([r[k] for r in rows if k in r])
+    return {"clips": len(rows), **{k: float(middle(k)) for k in sorted({k for r in rows for k in r})}}
+
+
 def evaluate(run, weights):
-    """The held-out table {folder: {row: {column: number}}}: rows model, copy (a reference's lower half), silence, real, amplitude A."""
+    """The held-out table {folder: {row: {column: number}}}: rows model, copy (a reference's lower half), silence, real, amplitude A.
+
+    As in training, the sync expert first moves a clip's own sound to its lips (find_offsets), unless --keep-offsets."""
     _, net, audio_encoder, sync, reader = lipsync.load_networks(weights, run.device)
-    by_folder, table = {}, {}
-    for path in run.held_out:
-        by_folder.setdefault(str(pathlib.Path(data.clip_source(path)).parent), []).append(path)
-    each = max(1, run.config.eval_clips // max(1, len(by_folder)))
-    chosen = [(folder, path) for folder, paths in by_folder.items() for path in paths[::max(1, len(paths) // each)][:each]]
+    table = {}
     with data.FaceTracker() as tracker:
-        for folder, path in tqdm(chosen, desc="eval", unit="clip"):
+        for folder, path in tqdm(spread_over_folders(run.held_out, run.config.eval_clips), desc="eval", unit="clip"):
             clip, rows = data.load_clip(path), table.setdefault(folder, {})
             wave = torch.from_numpy(clip.wave.astype(np.float32) / 32768)[None].to(run.device)
             features, silent = audio_encoder(wave)[0], audio_encoder(torch.zeros_like(wave))[0]      # [T, D]
             true = np.stack([clip.frame(i) for i in range(len(clip))])
             copy, refs = true.copy(), data.select_references(clip.shapes, clip.poses, net.config.refs)
             copy[:, data.CROP_PX // 2:] = true[refs[len(refs) // 2], data.CROP_PX // 2:]
-            sound = features if sync is None or sync.arch["audio"] == "features" else torch.from_numpy(clip.mel.astype(np.float32))
+            sound = sync and heard_by(sync, clip, features)
+            if sync is not None and not run.config.keep_offsets:
+                pairs = experts.embed_clip(sync, data.lower_halves(clip, range(len(clip))), sound)
+                features = data.move_sound(clip, features, lateness([experts.sync_curve(*pairs, max_shift=OFFSETS)]))
+                sound = heard_by(sync, clip, features)
             for name, made in (("model", generate(net, clip, features, 1.0, run.device)), ("copy", copy),
                                ("silence", generate(net, clip, silent, 1.0, run.device)), ("real", true)):
+                if name == "model" and name not in rows:
+                    save_strip(run.out / f"strip_{pathlib.Path(folder).name or 'videos'}.png", true[refs[0]], true, made)
                 rows.setdefault(name, []).append(measure_pictures(made, clip, tracker, sync, reader, sound))
             for amplitude in AMPLITUDES:
                 points = find_landmarks(tracker, generate(net, clip, features, amplitude, run.device))
                 rows.setdefault(f"amplitude {amplitude:g}", []).append(
                     {} if points is None else {"opening": float(data.mouth_shape(points)[:, 0].mean())})
+    for folder, rows in evaluate_experts(run, audio_encoder, sync, reader).items():
+        table.setdefault(folder, {})["experts"] = rows
+    return {folder: {name: average(rows) for name, rows in names.items()} for folder, names in table.items()}
 
-    def middle(rows):                             # a lag or an offset has no meaningful mean
-        columns = sorted({k for r in rows for k in r})
-        return {k: float((np.median if k in ("lag", "offset") else np.mean)([r[k] for r in rows if k in r])) for k in columns}
-    return {folder: {name: {"clips": len(rows), **middle(rows)} for name, rows in names.items()} for folder, names in table.items()}
+
+def save_strip(png, reference, true, made, count=10):
+    """A clip over time, `count` moments from left to right; rows reference | masked | output | truth."""
+    at = np.linspace(0, len(true) - 1, count).round().astype(int)
+    masked = true[at].copy()
+    masked[:, data.CROP_PX // 2:] = 0
+    rows = np.stack([np.stack([reference] * count), masked, made[at], true[at]])         # [4, count, 256, 256, 3]
+    cv2.imwrite(str(png), rows.transpose(0, 2, 1, 3, 4).reshape(4 * data.CROP_PX, -1, 3)[..., ::-1])
+
+
+@torch.no_grad()
+def evaluate_experts(run, audio_encoder, sync, reader):
+    """How well the experts judge real held-out clips: {folder: [a row per clip]}.
+
+    accuracy of S frames alone, accuracy_1s of a second's mean, the same with white noise 10 dB below the speech: sync_accuracy, 0..1;
+    shift: 1 if a shift of the sound, -7..7 frames, is found to within one; cer: character error rate; reads: 1 if the true text costs less than another clip's.
+    """
+    table, rng = {}, np.random.default_rng(0)
+    texts = sorted({data.clip_label(path)[1] for path in run.held_out} - {""}) if reader else []
+    for folder, path in tqdm(spread_over_folders(run.held_out, 4 * run.config.eval_clips), desc="experts", unit="clip"):
+        clip, row = data.load_clip(path), {}
+        table.setdefault(folder, []).append(row)
+        pictures = torch.from_numpy(data.lower_halves(clip, range(len(clip))))       # [T, 3, 64, 128]
+        if sync is not None and len(clip) > 2 * experts.GROUP + 7:
+            wave = clip.wave.astype(np.float32) / 32768
+            for name, heard in (("_10db", experts.add_noise(wave, 10, rng).clip(-1, 1)), ("", wave)):
+                sound = (lipsync.log_mel(torch.from_numpy(heard)) if sync.arch["audio"] == "mel" else
+                         audio_encoder(torch.from_numpy(heard)[None].to(run.device))[0])
+                video, audio = experts.embed_clip(sync, pictures, sound)
+                row["accuracy" + name] = experts.sync_accuracy(video, audio)
+                row["accuracy_1s" + name] = experts.sync_accuracy(video, audio, min(FPS, len(video) // 2))
+            late, G = int(rng.integers(-7, 8)), len(video)
+            curve = experts.sync_curve(video[max(0, late):G + min(0, late)], audio[max(0, -late):G - max(0, late)])
+            row["shift"] = float(abs(int(curve.nan_to_num(math.inf).argmin()) - experts.MAX_SHIFT - late) <= 1)
+        if reader is not None and clip.text:
+            pictures = halves(pictures[None].to(run.device))
+            row["cer"] = experts.character_error_rate(reader.read(pictures)[0], clip.text)
+            memory = reader.watch(pictures)
+            other = texts[(texts.index(clip.text) + 1 + int(rng.integers(max(1, len(texts) - 1)))) % len(texts)]
+            costs = [float(losses.lip_reading_loss(reader.spell(*memory, tokens), tokens, experts.PAD)) for tokens in
+                     (torch.tensor([experts.encode_text(text)], device=run.device) for text in (clip.text, other))]
+            row["reads"] = float(costs[0] < costs[1])
+    return table
+
+
+COLUMNS = {"pictures": ("clips", "r", "lag", "lmd", "psnr", "ssim", "sharpness", "teeth", "opening", "offset", "confidence", "cer"),
+           "experts": ("clips", "accuracy", "accuracy_10db", "accuracy_1s", "accuracy_1s_10db", "shift", "cer", "reads")}
 
 
 def print_table(table):
-    columns = ("clips", "r", "lag", "lmd", "psnr", "ssim", "sharpness", "opening", "offset", "confidence", "cer")
-    for folder, rows in table.items():
-        print(f"\n{folder:14}" + "".join(f"{c:>11}" for c in columns))
-        for name, row in rows.items():
-            print(f"{name:14}" + "".join(f"{row[c]:11.3g}" if c in row else " " * 10 + "-" for c in columns))
+    """Two: how good the pictures are, then how good the experts are."""
+    for kind, columns in COLUMNS.items():
+        widths = [max(11, len(c) + 2) for c in columns]
+        for folder, rows in table.items():
+            print(f"\n{folder:14}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths)))
+            for name, row in rows.items():
+                if (name == "experts") == (kind == "experts"):
+                    print(f"{name:14}" + "".join(f"{row[c]:{w}.3g}" if c in row else f"{'-':>{w}}" for c, w in zip(columns, widths)))
 
 
 # ---------------------------------------------------------------- python train.py
-def parse_flags(cls, description):
-    """One flag per field of a dataclass, with its comment as help and its default."""
-    import inspect
-    import re
+def parse_flags(cls, description, argv=None):
+    """One flag per field of a dataclass, with its comment as help; --preset sets the defaults of some (TRAINING)."""
     notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default=cls.preset)
+    preset = first.parse_known_args(argv)[0].preset
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog="--preset changes defaults: " + "; ".join(
+                                         f"{name}: " + ", ".join(f"{k} {v}" for k, v in some.items()) for name, some in TRAINING.items() if some))
     for field in dataclasses.fields(cls):
-        kind = {"action": "store_true"} if field.type is bool or field.type == "bool" else {"type": type(field.default), "metavar": field.name.upper()}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=notes.get(field.name, field.name), **kind)
-    return cls(**vars(parser.parse_args()))
+        kind = {"action": "store_true"} if isinstance(field.default, bool) else {"type": type(field.default), "metavar": field.name.upper()}
+        default = TRAINING.get(preset, {}).get(field.name, field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=default, help=notes.get(field.name, field.name), **kind)
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def main():
@@ -760,7 +909,7 @@ def main():
         raise BadInput(f"--preset {config.preset}: choose from {', '.join(lipsync.PRESETS)}")
     if config.stage not in STAGES + ("all", "eval"):
         raise BadInput(f"--stage {config.stage}: choose from all, {', '.join(STAGES)}, eval")
-    for name in ("batch", "group", "steps", "sync_steps", "lip_steps", "save_minutes", "sample_steps", "eval_clips", "lr", "expert_lr"):
+    for name in ("batch", "group", "steps", "sync_steps", "lip_steps", "save_minutes", "sample_steps", "eval_clips", "lr", "sync_lr", "lip_lr"):
         if getattr(config, name) < 0 or (getattr(config, name) == 0 and name != "save_minutes"):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
     if config.group != experts.GROUP and config.sync_weight and config.stage in ("all", "sync", "generator"):
@@ -779,8 +928,13 @@ def main():
     if run.rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         print(f"{len(run.clips)} training clips, {len(run.held_out)} held out; {run.device}, {run.world} processes, seed {config.seed}")
+    kinds = {"sync": "sync", "lip": "lip", "generator": "lipsync"}
     for name, make in (("sync", sync_task), ("lip", lip_task), ("generator", generator_task)):
         if config.stage in ("all", name):
+            path, steps = out / f"{name}.pt", config.steps if name == "generator" else getattr(config, f"{name}_steps")
+            if config.stage == "all" and path.is_file() and lipsync.load_checkpoint(path, kinds[name])["step"] >= steps:
+                print(f"{name}: done already, {path}; --stage {name} does it again")
+                continue
             task = make(run)
             if task is None:
                 print(f"{name}: skipped, no clip has a text")
@@ -790,16 +944,13 @@ def main():
                 print(f"{name}: {count:,} parameters, {task.steps} steps of {task.frames * run.world} frames")
             if not fit(run, task):
                 return print(f"{name}: stopped; {out / name}.pt is saved, --resume goes on")
-            if run.rank == 0 and name == "sync":
-                grade_sync(run, task)
             if run.rank == 0 and name == "generator":
                 nets = task.parts["net"], run.audio_encoder, *load_experts(run)
                 lipsync.save_checkpoint(out / "weights.pt", weights_content(run, *nets, half=True))
     if config.stage in ("all", "eval") and run.rank == 0:
         table = evaluate(run, config.weights if config.stage == "eval" and config.weights else out / "weights.pt")
         (out / "eval.json").write_text(json.dumps(table, indent=1))
-        if panels := amplitude_panels(table):
-            save_panels(out / "amplitude.png", panels)
+        save_panels(out / "amplitude.png", amplitude_panels(table))
         print_table(table)
         print(json.dumps(table))
 
