@@ -503,14 +503,20 @@ class Clip:
         return picture if len(picture) == size else cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def load_clip(path):
-    """Raises BadInput for a broken or foreign file (every array is checked by zip's own CRC)."""
+@contextlib.contextmanager
+def open_clip(path):
+    """The arrays of a clip's file; BadInput if it is broken or foreign (every array is checked by zip's own CRC)."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            parts = {name: file[name] for name in ("jpegs", "offsets", "landmarks", "found", "wave", "mel")}
-            text, source = str(file["text"]), str(file["source"])
+            yield file
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path}: broken clip ({error})") from None
+
+
+def load_clip(path):
+    with open_clip(path) as file:
+        parts = {name: file[name] for name in ("jpegs", "offsets", "landmarks", "found", "wave", "mel")}
+        text, source = str(file["text"]), str(file["source"])
     return Clip(Path(path), source, text=text, shapes=mouth_shape(parts["landmarks"]), poses=head_pose(parts["landmarks"]), **parts)
 
 
@@ -723,6 +729,12 @@ def read_manifest(video, data_dir):
         return {}
 
 
+def peak_mib():
+    """The most memory this process ever held, MiB, as Linux knows it; 0 elsewhere."""
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) >> 10 if status.is_file() else 0
+
+
 def prepare_share(videos, data_dir, options, counter, results):
     """A worker: takes the next video until none is left. options = (path of yolov8-face.onnx or None, whisper model's name or None)."""
     cv2.setNumThreads(1)
@@ -744,7 +756,7 @@ def prepare_share(videos, data_dir, options, counter, results):
             part = manifest(videos[i], data_dir).with_suffix(f".{os.getpid()}.part")
             part.write_text(json.dumps({"source": str(videos[i].relative_to(data_dir)), "signature": mark, "clips": names, "refused": refused}))
             os.replace(part, manifest(videos[i], data_dir))
-            results.put((str(videos[i]), len(names)))
+            results.put((len(names), peak_mib()))
 
 
 def transcriber(model_name):
@@ -757,8 +769,9 @@ def transcriber(model_name):
 
 
 def prepare(data_dir, workers=None, shard=None, detector=None, transcribe=None):
-    """Brings DIR/.clips up to date -> report {"videos", "new", "kept", "refused": {why: count}}. Done videos are skipped, changed ones
-    made again, so a killed run goes on where it was. shard=(i, n): only every n-th video, by a hash of its path."""
+    """Brings DIR/.clips up to date -> report {"videos", "new", "kept", "refused": {why: count}, and of this run "clips_per_s", "peak_mib"
+    of the largest worker}. Done videos are skipped, changed ones made again, so a killed run goes on where it was. shard=(i, n): only
+    every n-th video, by a hash of its path."""
     data_dir = Path(data_dir)
     videos = list_videos(data_dir)
     if not videos:
@@ -780,33 +793,36 @@ def prepare(data_dir, workers=None, shard=None, detector=None, transcribe=None):
         process.start()
     try:
         with tqdm(total=len(todo), unit="video", disable=not todo) as bar:
-            watch(crew, results, bar)
+            speed, peak = watch(crew, results, bar)
     finally:
         for process in crew:
             process.terminate()
             process.join()
     done = [read_manifest(v, data_dir) for v in videos]
     refused = sum((Counter(d.get("refused", {})) for d in done), Counter())
-    return {"videos": len(videos), "new": len(todo), "kept": sum(len(d.get("clips", [])) for d in done), "refused": dict(refused)}
+    return {"videos": len(videos), "new": len(todo), "kept": sum(len(d.get("clips", [])) for d in done), "refused": dict(refused),
+            "clips_per_s": speed, "peak_mib": peak}
 
 
 def watch(crew, results, bar):
-    clips, began = 0, time.monotonic()
+    """Waits for the workers. -> (clips/s, MiB of the largest worker)"""
+    clips, peak, began = 0, 0, time.monotonic()
     while bar.n < bar.total:
         try:
-            _, count = results.get(timeout=1)
+            count, mib = results.get(timeout=1)
         except queue.Empty:
             if any(process.exitcode for process in crew):
                 raise RuntimeError("a worker died (out of memory?); what is done is kept, run the command again") from None
             continue
-        clips += count
+        clips, peak = clips + count, max(peak, mib)
         bar.set_postfix_str(f"{clips} clips, {clips / (time.monotonic() - began):.1f} clips/s", refresh=False)
         bar.update()
+    return clips / max(time.monotonic() - began, 1e-9), peak
 
 
 def print_report(report):
     print(f"{report['videos']} videos ({report['new']} of them new or changed)")
-    print(f"{report['kept']:6d} clips kept")
+    print(f"{report['kept']:6d} clips kept" + (f"; {report['clips_per_s']:.2f} clips/s, {report['peak_mib']} MiB a worker" if report["new"] else ""))
     for reason, count in sorted(report["refused"].items(), key=lambda item: -item[1]):
         print(f"{count:6d} refused: {reason}")
 
@@ -826,7 +842,7 @@ def feature_path(clip_path, key, noisy=False):
 
 def clip_label(path):
     """A clip's (relative path of its video, text), read without its pictures."""
-    with np.load(path) as file:
+    with open_clip(path) as file:
         return str(file["source"]), str(file["text"])
 
 
@@ -841,8 +857,8 @@ def split_clips(paths, held_out_names=""):
     for path in paths:
         try:
             source = clip_label(path)[0]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            tqdm.write(f"skipped from now on: {path}: broken clip ({error})")
+        except BadInput as error:
+            tqdm.write(f"skipped from now on: {error}")
             continue
         chosen = any(fnmatch.fnmatch(source, f"*{p}*") for p in patterns)
         halves[chosen or is_held_out(source)].append(path)
@@ -957,6 +973,8 @@ def heard_at(series, late):
 
 def move_sound(clip, features, late):
     """The clip's mel and its features [T, D] (or None), taken `late` frames later. -> features"""
+    if not late:
+        return features
     clip.mel = heard_at(clip.mel.T, late * MEL_PER_FRAME).T
     return features if features is None else heard_at(features, late)
 

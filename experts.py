@@ -4,9 +4,9 @@
     mouth         | mouth_view                                         | -
     sync expert   | SyncXNet, sync_batch_loss                          | S3(1), Fig. 8
     robustness    | corrupt_sound, jitter_pictures                     | S3(1)
-    offset        | embed_clip, sync_curve, measure_offset             | -
+    offset        | hear, embed_clip, sync_curve, measure_offset       | -
     lip reader    | LipReader, lip_batch_loss, encode_text             | S3(2)
-    a whole video | watch_video, measure_video; python experts.py VIDEO | S12
+    a whole video | watch_video, measure_opening, measure_video        | S12
 
 Axes: B batch, S = 5 frames of a group, T video frames, D audio width, E embedding, G groups, K wrong sounds, N tokens, V kinds of
 token, M memory width. "Pictures" are RGB 0..1, the lower half of an upright face crop [3, H, 2H] (128 x 256 of the 256 px crop)
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as fn
 
 import lipsync
-from lipsync import FPS, MEL_PER_FRAME, N_MELS, SAMPLE_RATE, BadInput, check, position_code
+from lipsync import FPS, MEL_PER_FRAME, N_MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, check, position_code
 from losses import cosine, lip_reading_loss, sync_loss
 
 GROUP = 5                            # S, frames that the sync expert sees at once: 200 ms
@@ -208,6 +208,13 @@ def sync_curve(video, audio, valid=None, max_shift=MAX_SHIFT):
     return curve
 
 
+def hear(sync, wave, audio_encoder):
+    """A sound [N] as this sync expert takes it: the encoder's features [T, D], or mel [80, 4T] -> float32 tensor"""
+    if sync.arch["audio"] == "mel":
+        return lipsync.log_mel(wave)
+    return audio_encoder(wave[None].to(next(sync.parameters()).device))[0]
+
+
 @torch.no_grad()
 def embed_clip(sync, pictures, sound):
     """Every S frames of a clip and their sound. pictures [T, 3, H, 2H] uint8 or 0..1, sound [T, D] or mel [80, 4T] -> two [G, E], G = T-S+1"""
@@ -300,8 +307,8 @@ class LipReader(nn.Module):
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(M, **options), layers // 2, nn.LayerNorm(M))
         self.embedding, self.ctc_head, self.text_head = nn.Embedding(VOCABULARY, M), nn.Linear(M, VOCABULARY), nn.Linear(M, VOCABULARY)
 
-    def watch(self, pictures, lengths=None):
-        """pictures [B, T, 3, H, 2H], lengths [B] or None -> memory [B, T, M], padding bool [B, T] (True: no frame) or None."""
+    def look(self, pictures, lengths=None):
+        """pictures [B, T, 3, H, 2H], lengths [B] or None -> frames [B, T, M], padding bool [B, T] (True: no frame) or None."""
         B, T = check(pictures, "B T 3 H W", "lip.pictures").shape[:2]
         mouth = mouth_view(pictures, VIEW_PX[self.arch["size"]])                                         # [B, T, 3, h, w]
         grey = (mouth * mouth.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(2)                   # [B, T, h, w]
@@ -312,7 +319,16 @@ class LipReader(nn.Module):
         frames = self.frames(maps.contiguous(memory_format=torch.channels_last)).unflatten(0, (B, T))    # [B, T, M]
         for block in self.time:  # each sees two frames either way, so what is no frame is hidden anew
             frames = block(hide(frames).mT).mT                                                           # [B, T, M]
-        return self.encoder(frames + position_code(*frames.shape[1:]).to(frames), src_key_padding_mask=padding), padding
+        return frames, padding
+
+    def link(self, frames, padding):
+        """Each frame in the light of all others: [B, T, M] -> memory [B, T, M]"""
+        return self.encoder(frames + position_code(*frames.shape[1:]).to(frames), src_key_padding_mask=padding)
+
+    def watch(self, pictures, lengths=None):
+        """As look, but -> memory [B, T, M], padding."""
+        frames, padding = self.look(pictures, lengths)
+        return self.link(frames, padding), padding
 
     def spell(self, memory, padding, tokens):
         """memory [B, T, M], padding [B, T] or None, tokens [B, N] -> logits [B, N, V]"""
@@ -359,14 +375,19 @@ class LipReader(nn.Module):
 def lip_batch_loss(reader, pictures, tokens, lengths=None):
     """What the lip reader learns from: S3(2)'s loss plus CTC's, both per token (Watanabe et al., 2017).
 
+    CTC judges the frames before and after the attention (Lee and Watanabe, 2021): those before learn to read first.
     pictures [B, T, 3, H, 2H], tokens [B, N] int64 (bytes, EOS, then PAD), lengths [B] frames or None -> scalar.
     """
-    memory, padding = reader.watch(pictures, lengths)
+    frames, padding = reader.look(pictures, lengths)                                                     # [B, T, M]
+    memory = reader.link(frames, padding)
     spelled = lip_reading_loss(reader.spell(memory, padding, tokens), tokens, PAD)
-    sizes, frames = (tokens < BOS).sum(1), torch.full((len(tokens),), memory.shape[1]) if lengths is None else torch.as_tensor(lengths)
-    heard = reader.ctc_head(memory).float().log_softmax(-1).transpose(0, 1)                              # [T, B, V]
-    ctc = fn.ctc_loss(heard, tokens, frames.to(sizes.device), sizes, PAD, reduction="none", zero_infinity=True)  # [B]; 0: text too long
-    return spelled + (ctc / sizes.clamp(min=1)).mean()
+    sizes, ends = (tokens < BOS).sum(1), torch.full((len(tokens),), frames.shape[1]) if lengths is None else torch.as_tensor(lengths)
+
+    def ctc(states):
+        heard = reader.ctc_head(states).float().log_softmax(-1).transpose(0, 1)                          # [T, B, V]
+        costs = fn.ctc_loss(heard, tokens, ends.to(sizes.device), sizes, PAD, reduction="none", zero_infinity=True)  # [B]; 0: text too long
+        return (costs / sizes.clamp(min=1)).mean()
+    return spelled + (ctc(frames) + ctc(memory)) / 2
 
 
 # ---------------------------------------------------------------- a whole video
@@ -384,7 +405,8 @@ def load_expert(content):
 
 
 def watch_video(path, height=None):
-    """Any video, cropped as training clips are: (pictures uint8 [T, 3, H, 2H], found bool [T] frames with a face).
+    """Any video, cropped as training clips are: (pictures uint8 [T, 3, H, 2H], opening float32 [T] inner-lip gap in px of the 256 px
+    crop, found bool [T] frames with a face).
 
     height: keep only the mouth view of that height, to save memory. BadInput if unreadable or without a face.
     """
@@ -394,11 +416,27 @@ def watch_video(path, height=None):
     found = np.isfinite(landmarks[:, 0, 0])
     if not found.any():
         raise BadInput(f"{path}: no face found")
-    pictures = []
-    for frame, affine in zip(data.read_frames(path), data.smooth_affines(landmarks)):
+    pictures, affines = [], data.smooth_affines(landmarks)
+    opening = data.mouth_shape(data.fill_gaps(landmarks))[:, 0] * np.hypot(affines[:, 0, 0], affines[:, 0, 1])
+    for frame, affine in zip(data.read_frames(path), affines):
         half = torch.from_numpy(data.crop(frame, affine)[data.CROP_PX // 2:]).permute(2, 0, 1)           # [3, 128, 256]
         pictures.append(half if height is None else mouth_view(half[None].float(), height)[0].round().byte())
-    return torch.stack(pictures), torch.from_numpy(found)
+    return torch.stack(pictures), opening, torch.from_numpy(found)
+
+
+def measure_opening(opening, wave, found):
+    """Does the mouth open with the voice and close in pauses? opening px [T], wave [N], found bool [T] -> dict
+
+    r_loudness: correlation of opening with loudness, both over 5 frames; opening_speech, opening_pause: mean px while the sound is
+    louder or, for 5 frames at least, softer than a twentieth of its 95th percentile.
+    """
+    T = min(len(opening), len(wave) // SAMPLES_PER_FRAME)
+    loudness = np.sqrt((np.asarray(wave[:T * SAMPLES_PER_FRAME]).reshape(T, -1) ** 2).mean(1))           # [T]
+    soft = np.convolve(loudness < 0.05 * np.quantile(loudness, 0.95), np.ones(5), "same") == 5
+    smooth = lambda series: np.convolve(series, np.ones(5) / 5, "same")[found[:T]]
+    places = {"opening_speech": ~soft & found[:T], "opening_pause": soft & found[:T]}
+    return dict(r_loudness=float(np.corrcoef(smooth(opening[:T]), smooth(loudness))[0, 1]),
+                **{name: float(opening[:T][at].mean()) for name, at in places.items() if at.any()})
 
 
 @torch.no_grad()
@@ -407,11 +445,10 @@ def measure_video(path, sync, reader, audio_encoder, device, beam=4):
     import data
     small = all(net is None or net.arch["size"] == "small" for net in (sync, reader))
     wave = torch.from_numpy(data.read_audio(path))
-    pictures, found = watch_video(path, VIEW_PX["small"] if small else None)
-    result = dict(video=str(path), frames=len(found), frames_with_face=int(found.sum()))
+    pictures, opening, found = watch_video(path, VIEW_PX["small"] if small else None)
+    result = dict(video=str(path), frames=len(found), frames_with_face=int(found.sum()), **measure_opening(opening, wave.numpy(), found.numpy()))
     if sync:
-        mel = sync.arch["audio"] == "mel"
-        result |= measure_offset(sync, pictures, lipsync.log_mel(wave) if mel else audio_encoder(wave[None].to(device))[0], found)
+        result |= measure_offset(sync, pictures, hear(sync, wave, audio_encoder), found)
     if reader:  # in pieces as long as training clips
         pieces = pictures.split(data.CLIP_SECONDS * FPS)
         result["text"] = " ".join(reader.read(piece[None].to(device).float() / 255, beam)[0] for piece in pieces).strip()
@@ -433,6 +470,8 @@ def main():
     if args.json:
         return print(json.dumps(result))
     print(f"frames      {result['frames']}, with a face: {result['frames_with_face']}")
+    print(f"opening     {result.get('opening_speech', math.nan):.1f} px in speech, {result.get('opening_pause', math.nan):.1f} in pauses "
+          f"(of the 256 px crop); r with loudness {result['r_loudness']:.2f}")
     if sync:
         print(f"offset      {result['offset']:+d} frames of 40 ms (+ = the sound comes late)")
         print(f"confidence  {result['confidence']:.3f} (median minus least distance within +-{MAX_SHIFT} frames)")

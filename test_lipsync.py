@@ -8,6 +8,8 @@ import math
 import os
 import pathlib
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -585,6 +587,16 @@ def test_measure_offset_says_when_there_is_nothing_to_measure():
             experts.measure_offset(Twins(), torch.zeros(frames, 3, 4, 8), torch.zeros(frames, 2), found)
 
 
+def test_an_opening_that_follows_the_voice_correlates_with_it_and_rests_in_pauses():
+    voice = np.repeat([0.3, 0, 0.3, 0], 25)                          # a second of voice, a second of silence, twice
+    wave = np.repeat(voice, lipsync.SAMPLES_PER_FRAME)
+    found = np.arange(100) != 3
+    result = experts.measure_opening(np.where(found, 1 + 30 * voice, 12), wave, found)
+    assert result["r_loudness"] > 0.95 and result["opening_pause"] == 1 and 8 < result["opening_speech"] <= 10
+    late = experts.measure_opening(1 + 30 * np.roll(voice, 25), wave, found)
+    assert late["r_loudness"] < -0.9 and late["opening_pause"] > 9
+
+
 def test_sync_accuracy_counts_true_pairs_and_sounds_without_a_common_frame_alike():
     assert experts.sync_accuracy(torch.eye(16), torch.eye(16)) == 1 and experts.sync_accuracy(torch.eye(16), torch.eye(16).flip(0)) < 0.5
     assert experts.sync_accuracy(torch.ones(16, 4), torch.ones(16, 4)) == 0.5          # says yes to everything
@@ -708,7 +720,7 @@ def demo(tmp_path_factory):
 def prepared(demo):
     """The same, prepared by `python data.py --data`."""
     result = command("data.py", "--data", demo)
-    assert result.returncode == 0 and "6 clips kept" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and re.search(r"6 clips kept; [\d.]+ clips/s, [1-9]\d+ MiB a worker", result.stdout), result.stdout + result.stderr
     return demo
 
 
@@ -757,7 +769,6 @@ def test_a_second_run_does_only_what_is_new(prepared):
 
 
 def test_two_shards_equal_one_run(prepared, tmp_path):
-    import shutil
     for video in prepared.glob("*_000.*"):
         shutil.copy(video, tmp_path)
     kept = sum(data.prepare(tmp_path, 1, (i, 2))["kept"] for i in (1, 2))
@@ -934,7 +945,6 @@ def test_find_offsets_finds_a_late_sound_and_leaves_what_it_is_not_sure_of(prepa
 
 
 def test_a_broken_clip_file_is_named_once_and_skipped(prepared, tmp_path, capsys):
-    import shutil
     paths = [pathlib.Path(shutil.copy(p, tmp_path)) for p in data.list_clips(prepared)[:2]]
     samples = data.ClipDataset(paths, TINY, group=S)
     paths[0].write_bytes(paths[0].read_bytes()[:1000])
@@ -1011,11 +1021,18 @@ def test_one_command_trains_all_stages_and_leaves_a_checkpoint_that_dubs(trained
     assert result.returncode == 0 and "offset" in result.stdout, result.stderr
     result = command("experts.py", tmp_path / "x.mp4", "--weights", out / "weights.pt", "--json")
     measured = json.loads(result.stdout)
-    assert {"offset", "confidence", "distance", "text", "frames_with_face"} <= set(measured) and measured["frames"] == 125
+    assert {"offset", "confidence", "distance", "text", "frames_with_face", "r_loudness"} <= set(measured) and measured["frames"] == 125
+
+
+def test_a_stage_counts_as_done_with_all_its_steps_and_the_generator_with_its_weights(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    config = train.TrainConfig(out=str(tmp_path / "run"), sync_steps=3, lip_steps=4, steps=4)
+    assert [train.is_done(config, stage) for stage in train.STAGES] == [True, False, True]
+    (tmp_path / "run" / "weights.pt").unlink()
+    assert not train.is_done(config, "generator")
 
 
 def test_frozen_experts_do_not_change_by_a_single_bit(trained, prepared, tmp_path):
-    import shutil
     for name in ("sync.pt", "lip.pt"):
         shutil.copy(trained[0] / name, tmp_path)
     run = train.Run(settings(prepared, tmp_path, batch=1, steps=20, sync_weight=0.03, lip_weight=0.001, sync_start=0.0, min_sync_accuracy=0.0))
@@ -1126,7 +1143,6 @@ def test_weights_of_another_shape_name_the_field_that_differs(trained, prepared,
 
 
 def test_a_poor_sync_expert_is_not_used_and_the_run_says_so(trained, prepared, tmp_path):
-    import shutil
     shutil.copy(trained[0] / "sync.pt", tmp_path)
     result = training(prepared, tmp_path, "--stage", "generator", "--steps", 1, "--gan-weight", 0, "--lip-weight", 0, "--sync-start", 0)
     assert "sync off (the expert's held-out accuracy" in result.stdout, result.stdout + result.stderr

@@ -1,11 +1,11 @@
 """S3: trains the sync expert, the lip reader, and then the generator against both.
 
-    stage     | code                   | patent
-    sync      | sync_step              | S3(1): syncXnet, trained as SyncNet was, robust to noise
-    lip       | lip_step               | S3(2): the lip reader
-    generator | generator_step         | S3: five losses, Adam, warm-up, cosine, frozen experts
-    eval      | evaluate, measure_clip | the held-out table, with its baselines
-    all       | fit                    | one loop for the three: schedule, log, checkpoint, resume
+    stage     | code                       | patent
+    sync      | sync_task                  | S3(1): syncXnet, trained as SyncNet was, robust to noise
+    lip       | lip_task                   | S3(2): the lip reader
+    generator | generator_task             | S3: five losses, Adam, warm-up, cosine, frozen experts
+    eval      | evaluate, evaluate_experts | the held-out table, with its baselines
+    all       | fit                        | one loop for the three: schedule, log, checkpoint, resume
 
 `python train.py --data DIR --preset edge` runs the stages that are not yet done and ends with the table. RUN/ holds config.json,
 log.csv, samples/, curves.png, offsets.json, the resumable sync.pt, lip.pt, generator.pt, and weights.pt for infer.py; eval adds eval.json,
@@ -105,7 +105,7 @@ TRAINING = {
     "full": {},
     "edge": dict(batch=4, lr=5e-4, sync_lr=2e-3, perceptual_weight=0.0, mouth_weight=12.0),
     "tiny": dict(batch=4, lr=1e-3, sync_lr=2e-3, perceptual_weight=0.0, mouth_weight=12.0, sync_start=0.85, gan_start=0.85,
-                 steps=1950, sync_steps=600, lip_steps=400, sample_steps=300, eval_clips=8),
+                 steps=1850, sync_steps=600, lip_steps=650, sample_steps=300, eval_clips=8),
 }
 
 
@@ -343,6 +343,11 @@ def halves(pictures):
     return pictures.float() / 255
 
 
+def mouths(pictures, size):
+    """uint8 lower halves [..., 3, H, 2H] -> float 0..1; for small experts only what they see of them"""
+    return experts.mouth_view(halves(pictures), experts.VIEW_PX[size]) if size == "small" else halves(pictures)
+
+
 def sync_task(run):
     """S3(1): in-sync or not, for S frames and their sound; half of the wrong sounds come from the same clip."""
     config = run.config
@@ -354,7 +359,7 @@ def sync_task(run):
     def step(batch, number):
         net.train()
         with lipsync.autocast(run.device):
-            pictures = experts.jitter_pictures(halves(batch["pictures"]))        # [B, S, 3, h, w]
+            pictures = experts.jitter_pictures(mouths(batch["pictures"], config.expert_size))         # [B, S, 3, h, w]
             loss, accuracy = experts.sync_batch_loss(net, pictures, batch["sound"], foreign_sounds(batch))
         loss.backward()
         norm = update(run, [net], optimizer, scheduler)
@@ -388,7 +393,7 @@ def lip_task(run):
     def step(batch, number):
         net.train()
         with lipsync.autocast(run.device):
-            pictures = experts.jitter_pictures(halves(batch["video"]), 0.5)
+            pictures = experts.jitter_pictures(mouths(batch["video"], config.expert_size), 0.5)       # [B, T, 3, h, w]
             loss = experts.lip_batch_loss(net, pictures, batch["tokens"], batch["length"])
         loss.backward()
         norm = update(run, [net], optimizer, scheduler)
@@ -852,9 +857,7 @@ def evaluate_experts(run, audio_encoder, sync, reader):
         if sync is not None and len(clip) > 2 * experts.GROUP + 7:
             wave = clip.wave.astype(np.float32) / 32768
             for name, heard in (("_10db", experts.add_noise(wave, 10, rng).clip(-1, 1)), ("", wave)):
-                sound = (lipsync.log_mel(torch.from_numpy(heard)) if sync.arch["audio"] == "mel" else
-                         audio_encoder(torch.from_numpy(heard)[None].to(run.device))[0])
-                video, audio = experts.embed_clip(sync, pictures, sound)
+                video, audio = experts.embed_clip(sync, pictures, experts.hear(sync, torch.from_numpy(heard), audio_encoder))
                 row["accuracy" + name] = experts.sync_accuracy(video, audio)
                 row["accuracy_1s" + name] = experts.sync_accuracy(video, audio, min(FPS, len(video) // 2))
             late, G = int(rng.integers(-7, 8)), len(video)
@@ -903,6 +906,16 @@ def parse_flags(cls, description, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def is_done(config, stage):
+    """Whether RUN/ holds a stage's checkpoint with all the steps asked for (the generator's: weights.pt, too)."""
+    path, kind, steps = pathlib.Path(config.out, f"{stage}.pt"), stage, getattr(config, f"{stage}_steps", config.steps)
+    if stage == "generator":
+        kind = "lipsync"
+        if not (path.parent / "weights.pt").is_file():
+            return False
+    return path.is_file() and lipsync.load_checkpoint(path, kind)["step"] >= steps
+
+
 def main():
     config = parse_flags(TrainConfig, __doc__.split("\n\n")[0])
     if config.preset not in lipsync.PRESETS:
@@ -928,12 +941,10 @@ def main():
     if run.rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         print(f"{len(run.clips)} training clips, {len(run.held_out)} held out; {run.device}, {run.world} processes, seed {config.seed}")
-    kinds = {"sync": "sync", "lip": "lip", "generator": "lipsync"}
     for name, make in (("sync", sync_task), ("lip", lip_task), ("generator", generator_task)):
         if config.stage in ("all", name):
-            path, steps = out / f"{name}.pt", config.steps if name == "generator" else getattr(config, f"{name}_steps")
-            if config.stage == "all" and path.is_file() and lipsync.load_checkpoint(path, kinds[name])["step"] >= steps:
-                print(f"{name}: done already, {path}; --stage {name} does it again")
+            if config.stage == "all" and is_done(config, name):
+                print(f"{name}: done already, {out / name}.pt; --stage {name} does it again")
                 continue
             task = make(run)
             if task is None:
