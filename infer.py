@@ -290,6 +290,7 @@ def main():
         report = dub(args.video, args.audio, out, args.weights, args.amplitude, args.face, args.refs_sheet, args.compare, args.device, True)
     for stage, row in (*report["stages"].items(), ("all, overlapping", report)):
         print(f"{stage:18}{row['frames']:7} frames {row['seconds']:8.2f} s {row['fps']:8.1f} frames/s")
+    print(f"first frame after {report['first_frame_s']:.1f} s")
     print(f"{report['kept']} of {report['frames']} frames kept as they were: no face, or partly outside")
     if "offset" in report:
         print(f"sync expert: offset {report['offset']:+d} frames, confidence {report['confidence']:.2f}")

@@ -1339,7 +1339,7 @@ def test_the_command_dubs_and_prints_a_stage_table_and_the_path(dubbing, tmp_pat
     out = tmp_path / "a 'b' ü.mp4"
     result = command("infer.py", dubbing / "clip.mp4", dubbing / "short.wav", "--weights", dubbing / "tiny.pt", "--out", out, "--compare", tmp_path / "c.png")
     assert result.returncode == 0 and result.stdout.endswith(f"written: {out}\n"), result.stderr
-    assert "landmarks" in result.stdout and "0 of 15 frames kept" in result.stdout
+    assert "landmarks" in result.stdout and "first frame after" in result.stdout and "0 of 15 frames kept" in result.stdout
     assert sorted(tmp_path.iterdir()) == [out, tmp_path / "c.png"] and cv2.imread(str(tmp_path / "c.png")).shape == (512, 8 * 256, 3)
 
 

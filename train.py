@@ -104,8 +104,8 @@ class TrainConfig:
 TRAINING = {
     "full": {},
     "edge": dict(batch=4, lr=5e-4, sync_lr=2e-3, perceptual_weight=0.0, mouth_weight=12.0),
-    "tiny": dict(batch=4, lr=1e-3, sync_lr=2e-3, perceptual_weight=0.0, mouth_weight=12.0, sync_start=0.85, gan_start=0.85,
-                 steps=1850, sync_steps=600, lip_steps=650, sample_steps=300, eval_clips=8),
+    "tiny": dict(batch=4, lr=1e-3, sync_lr=2e-3, perceptual_weight=0.0, mouth_weight=12.0, sync_start=0.9, gan_start=0.9,
+                 steps=2050, sync_steps=600, lip_steps=650, sample_steps=300, eval_clips=8),
 }
 
 
