@@ -22,6 +22,7 @@ import queue
 import re
 import subprocess
 import tempfile
+import threading
 import time
 import wave as wave_file
 import zipfile
@@ -274,16 +275,20 @@ def shrink(rgb):
     return cv2.resize(rgb, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else np.ascontiguousarray(rgb)
 
 
+STDERR = threading.Lock()             # two threads that swap file descriptor 2 at once would lose it
+
+
 @contextlib.contextmanager
 def quiet_stderr():
     """MediaPipe's C++ logs go straight to file descriptor 2: away with them while it starts."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved), os.close(null)
+    with STDERR:
+        saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved), os.close(null)
 
 
 def follow_face(tracks, face=None):
@@ -495,6 +500,10 @@ class Clip:
 
     def __len__(self):
         return len(self.offsets) - 1
+
+    def sound(self):
+        """-> float32 [640 T], -1..1"""
+        return self.wave.astype(np.float32) / 32768
 
     def frame(self, i, size=CROP_PX):
         """-> uint8 RGB [size, size, 3]; half size is decoded as such, 3 times faster"""
@@ -1023,7 +1032,7 @@ class SyncDataset(ClipDataset):
             features = np.load(feature_path(clip.path, self.features, True)) if noisy else features
             return lambda i: torch.from_numpy(features[i:i + S].astype(np.float32))
         from experts import corrupt_sound         # experts imports this file
-        mel = clip.mel if not noisy else log_mel(corrupt_sound(clip.wave.astype(np.float32) / 32768, rng)).numpy()
+        mel = clip.mel if not noisy else log_mel(corrupt_sound(clip.sound(), rng)).numpy()
         return lambda i: torch.from_numpy(mel[:, i * MEL_PER_FRAME:(i + S) * MEL_PER_FRAME].astype(np.float32))
 
 

@@ -4,13 +4,14 @@
     mouth         | mouth_view                                         | -
     sync expert   | SyncXNet, sync_batch_loss                          | S3(1), Fig. 8
     robustness    | corrupt_sound, jitter_pictures                     | S3(1)
-    offset        | hear, embed_clip, sync_curve, measure_offset       | -
+    offset        | hear, embed_clip, sync_curve, read_curve           | -
     lip reader    | LipReader, lip_batch_loss, encode_text             | S3(2)
-    a whole video | watch_video, measure_opening, measure_video        | S12
+    a whole video | python experts.py VIDEO: measure_video             | S12
 
 Axes: B batch, S = 5 frames of a group, T video frames, D audio width, E embedding, G groups, K wrong sounds, N tokens, V kinds of
-token, M memory width. "Pictures" are RGB 0..1, the lower half of an upright face crop [3, H, 2H] (128 x 256 of the 256 px crop)
-half of that in training clips, or the view of the mouth that mouth_view has already cut from it. Offsets are in frames of 40 ms, + = the sound comes late.
+token, M memory width. "Pictures" are RGB 0..1, the lower half of an upright face crop [3, H, 2H] (128 x 256 of the 256 px crop,
+half of that in training clips), or the view of the mouth that mouth_view has already cut from it. Offsets are in frames of 40 ms,
++ = the sound comes late.
 """
 import argparse
 import json
@@ -208,11 +209,15 @@ def sync_curve(video, audio, valid=None, max_shift=MAX_SHIFT):
     return curve
 
 
-def hear(sync, wave, audio_encoder):
-    """A sound [N] as this sync expert takes it: the encoder's features [T, D], or mel [80, 4T] -> float32 tensor"""
-    if sync.arch["audio"] == "mel":
-        return lipsync.log_mel(wave)
-    return audio_encoder(wave[None].to(next(sync.parameters()).device))[0]
+def read_curve(curve):
+    """sync_curve's answer -> offset in frames (+ = sound late), distance (the curve's minimum), confidence (its median - minimum)"""
+    best = int(curve.nan_to_num(math.inf).argmin())
+    return best - len(curve) // 2, float(curve[best]), float(curve.nanmedian() - curve[best])
+
+
+def hear(sync, wave, features):
+    """A sound as this sync expert takes it: of wave [N] and the audio encoder's features [T, D] of it, the mel [80, 4T] or the features"""
+    return lipsync.log_mel(wave) if sync.arch["audio"] == "mel" else torch.as_tensor(features, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -243,8 +248,7 @@ def measure_offset(sync, pictures, sound, found=None):
     if not valid.any():
         raise BadInput(f"no {GROUP} frames in a row have a face and a sound: nothing to measure")
     curve = sync_curve(video, audio, valid)
-    best = int(curve.nan_to_num(math.inf).argmin())
-    return dict(offset=best - MAX_SHIFT, distance=float(curve[best]), confidence=float(curve.nanmedian() - curve[best]),
+    return dict(zip(("offset", "distance", "confidence"), read_curve(curve)),
                 curve=[None if math.isnan(value) else value for value in curve.tolist()])
 
 
@@ -448,7 +452,7 @@ def measure_video(path, sync, reader, audio_encoder, device, beam=4):
     pictures, opening, found = watch_video(path, VIEW_PX["small"] if small else None)
     result = dict(video=str(path), frames=len(found), frames_with_face=int(found.sum()), **measure_opening(opening, wave.numpy(), found.numpy()))
     if sync:
-        result |= measure_offset(sync, pictures, hear(sync, wave, audio_encoder), found)
+        result |= measure_offset(sync, pictures, hear(sync, wave, audio_encoder(wave[None].to(device))[0]), found)
     if reader:  # in pieces as long as training clips
         pieces = pictures.split(data.CLIP_SECONDS * FPS)
         result["text"] = " ".join(reader.read(piece[None].to(device).float() / 255, beam)[0] for piece in pieces).strip()

@@ -86,14 +86,17 @@ def fingerprint(frame):
 def watch(video, limit, face, count, clock, progress):
     """Follows one face through the first `limit` frames and chooses `count` references. -> Track"""
     tracks, prints = [], []
-    with data.FaceTracker() as tracker, contextlib.closing(ahead(data.read_frames(video), clock, "decode, pass one")) as frames:
-        for frame in tqdm(itertools.islice(frames, limit), "watch", unit=" frames", disable=None if progress else True):
-            with timed(clock, "landmarks"):
-                tracks.append(tracker.find(frame))
-                prints.append(fingerprint(frame))
+    with (data.FaceTracker() as even, data.FaceTracker() as odd, ThreadPoolExecutor(2) as pool,
+          contextlib.closing(ahead(data.read_frames(video), clock, "decode, pass one")) as source):
+        frames = iter(tqdm(itertools.islice(source, limit), "watch", unit=" frames", disable=None if progress else True))
+        while pair := list(itertools.islice(frames, 2)):             # a tracker for each core; each sees every other frame
+            with timed(clock, "landmarks", len(pair)):
+                tracks += pool.map(data.FaceTracker.find, (even, odd), pair)
+            prints += map(fingerprint, pair)
+            height, width = pair[0].shape[:2]
     points = data.follow_face(tracks, face)                          # [T, 478, 2], NaN where absent
     del tracks
-    rim = points[:, data.JAW + data.LIPS_OUTER] / np.float32(frame.shape[1::-1])              # [T, K, 2], 0..1
+    rim = points[:, data.JAW + data.LIPS_OUTER] / np.float32([width, height])                 # [T, K, 2], 0..1
     seen = ((rim > -0.02) & (rim < 1.02)).all((1, 2))                # False where NaN
     if not seen.any():
         raise BadInput(f"{video}: no face in any of its {len(points)} frames, or never the whole of its lower half")
@@ -102,7 +105,8 @@ def watch(video, limit, face, count, clock, progress):
         points[t] = data.warp(points[t], affine)
     shown = np.flatnonzero(seen)
     chosen = shown[data.select_references(data.mouth_shape(points[shown]), data.head_pose(points[shown]), count)].tolist()
-    refs = np.stack([data.crop(between(video, i, i + 1, prints)[0], affines[i]) for i in chosen])
+    with ThreadPoolExecutor() as pool:
+        refs = np.stack([*pool.map(lambda i: data.crop(between(video, i, i + 1, prints)[0], affines[i]), chosen)])
     return Track(affines, outlines(points), seen, prints, refs)
 
 
@@ -228,9 +232,14 @@ def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=No
     wave, device = data.read_audio(audio), lipsync.pick_device(device)                       # [N]
     _, net, listener, sync, _ = weights if isinstance(weights, tuple) else lipsync.load_networks(weights, device)
     count, clock, start = max(1, round(len(wave) / SAMPLES_PER_FRAME)), collections.defaultdict(lambda: np.zeros(2)), time.perf_counter()
-    track = watch(video, max(count, REFERENCE_SECONDS * FPS), face, net.config.refs, clock, progress)
-    with timed(clock, "listen", count), torch.inference_mode():
-        features = listener(torch.from_numpy(wave)[None].to(device))                         # [1, L, D]
+
+    def listen():
+        with timed(clock, "listen", count), torch.inference_mode():
+            return listener(torch.from_numpy(wave)[None].to(device))                         # [1, L, D]
+    with ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(listen)
+        track = watch(video, max(count, REFERENCE_SECONDS * FPS), face, net.config.refs, clock, progress)
+        features = heard.result()
     seconds, strip, lips, changed, moments = None, [], [], [], {int((i + 0.5) * count / 8) for i in range(8)}
     with contextlib.ExitStack() as stack:
         side = stack.enter_context(data.VideoWriter(compare, wave, preset=PRESET)) if compare and compare.suffix.lower() == ".mp4" else None
@@ -256,9 +265,8 @@ def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=No
     stages = {stage: {"frames": int(n), "seconds": float(s), "fps": float(n / max(s, 1e-9))} for stage, (n, s) in clock.items()}
     report = dict(out=str(out), frames=count, kept=changed.count(False), seconds=seconds, fps=count / seconds, first_frame_s=first, stages=stages)
     if sync is not None:
-        sound = features[0] if sync.arch["audio"] == "features" else lipsync.log_mel(wave)
         with contextlib.suppress(BadInput):                          # too few frames to measure
-            report |= experts.measure_offset(sync, np.stack(lips).transpose(0, 3, 1, 2), sound, changed)
+            report |= experts.measure_offset(sync, np.stack(lips).transpose(0, 3, 1, 2), experts.hear(sync, wave, features[0]), changed)
     for path, pictures in ((refs_sheet, list(track.refs)), (compare, strip)):
         if path and pictures:
             path.write_bytes(cv2.imencode(".png", np.concatenate(pictures, 1)[..., ::-1])[1])

@@ -97,7 +97,7 @@ class TrainConfig:
     eval_clips: int = 40             # held-out clips measured by eval, spread over folders
 
 
-# The weights above keep every gradient near the reconstruction's. Norms at weight 1, edge preset after 50,000 frames: reconstruction 0.12,
+# The weights above keep every gradient near the reconstruction's. Norms at weight 1 (by hand), edge preset after 50,000 frames: reconstruction 0.12,
 # sync 8, GAN 0.9, and lip 0.1 (tiny preset). Sync at 0.03 drowned the picture; GAN at 0.01 did nothing.
 
 # What a preset changes. VGG costs 25 times what the edge network costs, so without a GPU it stays away.
@@ -175,7 +175,7 @@ def prepare_features(run, noisy=False):
             clip = data.load_clip(path)
         except BadInput:
             continue                              # the dataset names it
-        wave = clip.wave.astype(np.float32) / 32768
+        wave = clip.sound()
         if noise:
             wave = experts.corrupt_sound(wave, np.random.default_rng([run.config.seed, data.hash_of(path.name)]))
         features = run.audio_encoder(torch.from_numpy(wave)[None].to(run.device))[0]             # [T, D]
@@ -417,11 +417,6 @@ def load_experts(run):
     return nets
 
 
-def heard_by(sync, clip, features):
-    """The sound of a clip as this sync expert takes it: features [T, D], or mel [80, 4T]"""
-    return torch.from_numpy(clip.mel.astype(np.float32)) if sync.arch["audio"] == "mel" else torch.as_tensor(features, dtype=torch.float32)
-
-
 def watch_clips(run, sync, paths):
     """-> per readable clip: path, its source, what embed_clip makes of it"""
     for path in tqdm(paths, desc="lips and sound", unit="clip", disable=run.rank > 0):
@@ -431,7 +426,7 @@ def watch_clips(run, sync, paths):
         except (BadInput, OSError, ValueError):
             continue                              # the dataset names it
         if len(clip) > 2 * experts.GROUP:
-            yield path, clip.source, *experts.embed_clip(sync, data.lower_halves(clip, range(len(clip))), heard_by(sync, clip, features))
+            yield path, clip.source, *experts.embed_clip(sync, data.lower_halves(clip, range(len(clip))), experts.hear(sync, clip.sound(), features))
 
 
 def grade_sync(run, sync):
@@ -442,9 +437,8 @@ def grade_sync(run, sync):
 
 def lateness(curves):
     """What sync_curve found in the clips of one video -> frames; 0 where the expert is not sure, and for a single frame, its own error."""
-    curve = torch.stack(curves).nanmean(0)
-    offset = int(curve.nan_to_num(math.inf).argmin()) - OFFSETS
-    return offset if abs(offset) > 1 and curve.nanmedian() - curve.nan_to_num(math.inf).min() > SURE else 0
+    offset, _, confidence = experts.read_curve(torch.stack(curves).nanmean(0))
+    return offset if abs(offset) > 1 and confidence > SURE else 0
 
 
 def find_offsets(run, sync):
@@ -735,10 +729,9 @@ def teeth_variation(pictures, points):
     return float(np.std(looks, 0).mean()) if len(looks) >= 5 else None
 
 
-def measure_pictures(made, clip, tracker, sync, reader, sound):
-    """One row of the table: what is made of a clip against what is true. made uint8 [T, 256, 256, 3], sound as the sync expert hears it"""
+def measure_pictures(made, true, clip, tracker, sync, reader, sound):
+    """One row of the table: what is made of a clip against what is true, both uint8 [T, 256, 256, 3]; sound as the sync expert hears it"""
     half = data.CROP_PX // 2
-    true = np.stack([clip.frame(i) for i in range(len(clip))])       # [T, 256, 256, 3]
     error = ((made[:, half:].astype(np.float64) - true[:, half:]) ** 2).mean((1, 2, 3))
     boxes = mouth_boxes(clip.landmarks)
     row = dict(psnr=float(np.mean(10 * np.log10(255 ** 2 / np.maximum(error, 1e-2)))),
@@ -804,25 +797,27 @@ def evaluate(run, weights):
 
     As in training, the sync expert first moves a clip's own sound to its lips (find_offsets), unless --keep-offsets."""
     _, net, audio_encoder, sync, reader = lipsync.load_networks(weights, run.device)
+    cost, _ = lipsync.gmac(net, *(x.to(run.device) for x in lipsync.example(net.config)))
+    print(f"network: {cost:.3f} GMAC a frame, {1 / lipsync.seconds_a_frame(net, 8):.0f} frames/s in batches of 8")
     table = {}
     with data.FaceTracker() as tracker:
         for folder, path in tqdm(spread_over_folders(run.held_out, run.config.eval_clips), desc="eval", unit="clip"):
             clip, rows = data.load_clip(path), table.setdefault(folder, {})
-            wave = torch.from_numpy(clip.wave.astype(np.float32) / 32768)[None].to(run.device)
-            features, silent = audio_encoder(wave)[0], audio_encoder(torch.zeros_like(wave))[0]      # [T, D]
+            wave = torch.from_numpy(clip.sound())
+            features, silent = (audio_encoder(w[None].to(run.device))[0] for w in (wave, torch.zeros_like(wave)))    # [T, D]
             true = np.stack([clip.frame(i) for i in range(len(clip))])
             copy, refs = true.copy(), data.select_references(clip.shapes, clip.poses, net.config.refs)
             copy[:, data.CROP_PX // 2:] = true[refs[len(refs) // 2], data.CROP_PX // 2:]
-            sound = sync and heard_by(sync, clip, features)
+            sound = sync and experts.hear(sync, wave, features)
             if sync is not None and not run.config.keep_offsets:
                 pairs = experts.embed_clip(sync, data.lower_halves(clip, range(len(clip))), sound)
                 features = data.move_sound(clip, features, lateness([experts.sync_curve(*pairs, max_shift=OFFSETS)]))
-                sound = heard_by(sync, clip, features)
+                sound = experts.hear(sync, wave, features)
             for name, made in (("model", generate(net, clip, features, 1.0, run.device)), ("copy", copy),
                                ("silence", generate(net, clip, silent, 1.0, run.device)), ("real", true)):
                 if name == "model" and name not in rows:
                     save_strip(run.out / f"strip_{pathlib.Path(folder).name or 'videos'}.png", true[refs[0]], true, made)
-                rows.setdefault(name, []).append(measure_pictures(made, clip, tracker, sync, reader, sound))
+                rows.setdefault(name, []).append(measure_pictures(made, true, clip, tracker, sync, reader, sound))
             for amplitude in AMPLITUDES:
                 points = find_landmarks(tracker, generate(net, clip, features, amplitude, run.device))
                 rows.setdefault(f"amplitude {amplitude:g}", []).append(
@@ -855,18 +850,18 @@ def evaluate_experts(run, audio_encoder, sync, reader):
         table.setdefault(folder, []).append(row)
         pictures = torch.from_numpy(data.lower_halves(clip, range(len(clip))))       # [T, 3, 64, 128]
         if sync is not None and len(clip) > 2 * experts.GROUP + 7:
-            wave = clip.wave.astype(np.float32) / 32768
+            wave = clip.sound()
             for name, heard in (("_10db", experts.add_noise(wave, 10, rng).clip(-1, 1)), ("", wave)):
-                video, audio = experts.embed_clip(sync, pictures, experts.hear(sync, torch.from_numpy(heard), audio_encoder))
+                features = audio_encoder(torch.from_numpy(heard)[None].to(run.device))[0]
+                video, audio = experts.embed_clip(sync, pictures, experts.hear(sync, heard, features))
                 row["accuracy" + name] = experts.sync_accuracy(video, audio)
                 row["accuracy_1s" + name] = experts.sync_accuracy(video, audio, min(FPS, len(video) // 2))
             late, G = int(rng.integers(-7, 8)), len(video)
             curve = experts.sync_curve(video[max(0, late):G + min(0, late)], audio[max(0, -late):G - max(0, late)])
-            row["shift"] = float(abs(int(curve.nan_to_num(math.inf).argmin()) - experts.MAX_SHIFT - late) <= 1)
+            row["shift"] = float(abs(experts.read_curve(curve)[0] - late) <= 1)
         if reader is not None and clip.text:
-            pictures = halves(pictures[None].to(run.device))
-            row["cer"] = experts.character_error_rate(reader.read(pictures)[0], clip.text)
-            memory = reader.watch(pictures)
+            memory = reader.watch(halves(pictures[None].to(run.device)))
+            row["cer"] = experts.character_error_rate(reader.read_one(memory[0], 1), clip.text)
             other = texts[(texts.index(clip.text) + 1 + int(rng.integers(max(1, len(texts) - 1)))) % len(texts)]
             costs = [float(losses.lip_reading_loss(reader.spell(*memory, tokens), tokens, experts.PAD)) for tokens in
                      (torch.tensor([experts.encode_text(text)], device=run.device) for text in (clip.text, other))]
@@ -908,12 +903,9 @@ def parse_flags(cls, description, argv=None):
 
 def is_done(config, stage):
     """Whether RUN/ holds a stage's checkpoint with all the steps asked for (the generator's: weights.pt, too)."""
-    path, kind, steps = pathlib.Path(config.out, f"{stage}.pt"), stage, getattr(config, f"{stage}_steps", config.steps)
-    if stage == "generator":
-        kind = "lipsync"
-        if not (path.parent / "weights.pt").is_file():
-            return False
-    return path.is_file() and lipsync.load_checkpoint(path, kind)["step"] >= steps
+    path, steps = pathlib.Path(config.out, f"{stage}.pt"), getattr(config, f"{stage}_steps", config.steps)
+    kind, files = (stage, [path]) if stage != "generator" else ("lipsync", [path, path.parent / "weights.pt"])
+    return all(file.is_file() for file in files) and lipsync.load_checkpoint(path, kind)["step"] >= steps
 
 
 def main():
