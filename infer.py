@@ -55,8 +55,11 @@ def timed(clock, stage, frames=1):
 def ahead(source, clock=None, stage=None):
     """The items of the generator `source`, which runs in a thread, at most QUEUE items ahead. Closing this closes that."""
     def step():
-        with timed(clock, stage) if stage else contextlib.nullcontext():
-            return next(source, None)
+        start = time.perf_counter()
+        item = next(source, None)
+        if stage and item is not None:
+            clock[stage] += (1, time.perf_counter() - start)
+        return item
     pool = ThreadPoolExecutor(1)
     try:
         coming = collections.deque(pool.submit(step) for _ in range(QUEUE))
@@ -171,7 +174,7 @@ def draw(frames, count, track, net, features, amplitude, clock):
             with timed(clock, "network", B), torch.inference_mode():
                 masked = to_network(crops.values(), size, device)                            # [B, 3, H, W]
                 masked[:, :, size // 2:] = 0
-                audio = select(features, start + torch.tensor([list(crops)]))[0]             # [B, F, D]
+                audio = select(features, start + torch.tensor([list(crops)]))[0]             # [B, F, D]; the sound runs on while t swings back
                 drawn = net(refs.expand(B, -1, -1, -1, -1), masked, audio, amplitude)        # [B, 3, H, W]
                 drawn = (drawn.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
             pictures = {i: cv2.resize(picture, (CROP_PX, CROP_PX), interpolation=cv2.INTER_CUBIC) for i, picture in zip(crops, drawn)}

@@ -49,7 +49,7 @@ class Config:
     """Everything that decides the network's shape. It is saved with the weights, and the weights rebuild it.
 
     `channels` are the widths of the image encoder's stages from the finest to the coarsest (rounded up to a
-    multiple of R+1); with `fold` = 2 the picture's rim is pixel_unshuffled, so the finest map is at half size.
+    multiple of R+1); with `fold` = 2 the pictures are pixel_unshuffled first, so the finest map is at half size.
     """
     image_size: int = 256            # H = W, px
     refs: int = 3                    # R
@@ -390,11 +390,11 @@ def half_mask(x):
 
 
 class EncoderStage(nn.Module):
-    """Convolution (stride 2 to halve the map), GroupNorm, activation; twice, the second one residual.
+    """Convolution (stride 2 to halve the map), GroupNorm, activation; where the stride is 2, then a residual convolution.
 
     Patent: S2(2), stacked 2-D convolutions, group normalisations and activations; stride 2 in some of them.
     Shapes: [B, C, h, w] -> [B, C', h/stride, w/stride].
-    Choice: two convolutions a stage, LeakyReLU; the patent gives neither.
+    Choice: the second convolution, LeakyReLU; the patent gives neither.
     """
 
     def __init__(self, channels_in, channels, groups, stride):
@@ -591,11 +591,11 @@ class SPADE(nn.Module):
 
 
 class SPADEResnetBlock(nn.Module):
-    """Two rounds of SPADE, LeakyReLU, convolution beside a learned shortcut.
+    """Two rounds of SPADE, LeakyReLU, convolution beside a shortcut.
 
     Patent: S2(5), Fig. 5.
     Shapes: x [B, C_in, h, w], map [B, M, h, w] -> [B, C_out, h, w].
-    Choice: the shortcut has SPADE and a 1x1 convolution where the width changes. Source: Park et al. 2019.
+    Choice: the shortcut has SPADE and a 1x1 convolution where the width changes; ImageDecoder changes it before. Source: Park et al. 2019.
     """
 
     def __init__(self, channels_in, channels, map_channels, hidden):
@@ -639,7 +639,7 @@ class ReferenceCopy(nn.Module):
     """A draft of the lower half, warped and mixed from the references.
 
     Patent: silent; it wants teeth and skin taken from the references (S2(2), advantages 3 and 7).
-    Shapes: x [B, C, h/2, w] decoder features of the lower half, refs [B, R, 3, H, W] 0..1 -> [B, 3, H/2, W] 0..1.
+    Shapes: x [B, C, h, w] decoder features, stretched over the lower half, refs [B, R, 3, H, W] 0..1 -> [B, 3, H/2, W] 0..1.
     Choice: a convolution predicts for each reference a flow (in half pictures) and a mixing weight, at the features'
         size; the sampled pixels are real ones, so they are sharp, also for a face never seen in training.
         The decoder then only corrects the draft. Source: the idea of DINet (Zhang et al. 2023); off with copy=False.
@@ -654,7 +654,7 @@ class ReferenceCopy(nn.Module):
     def forward(self, x, refs):
         B, R, _, H, W = check(refs, "B R 3 H W", "decoder.copy_refs", R=self.conv.out_channels // 3).shape
         check(x, "B C h w", "decoder.copy_in", B=B, C=self.conv.in_channels)
-        x = self.conv(x).float()                                     # [B, 3R, h/2, w]
+        x = self.conv(x).float()                                     # [B, 3R, h, w]
         x = fn.interpolate(x, size=(H // 2, W), mode="bilinear")     # [B, 3R, H/2, W]
         flow, weight = x.split([2 * R, R], 1)
         y = (torch.arange(H // 2, H, device=x.device) + 0.5) * 2 / H - 1         # grid_sample's -1..1, lower half
@@ -678,6 +678,8 @@ class ImageDecoder(nn.Module):
         lower 5/8 (an eighth for the convolutions to look up), and the picture's upper half is the masked frame's:
         a third less work. With copy, Conv2d's output is added to the draft before the Sigmoid (to its logit), so a
         decoder that says nothing leaves the draft as it is.
+    Fault: the draft's flow is predicted from the map's lowest H/8 rows, a quarter of the picture, where the lower half is H/4;
+        found after weights/edge.pt was trained, which needs it so. H/4 is sharper (README, What each part buys).
     """
 
     def __init__(self, config):
@@ -687,7 +689,7 @@ class ImageDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             SPADEResnetBlock(c, c, c, min(c, config.spade_hidden)) if config.decoder == "spade"
             else ConvBlock(c, c, groups) for c in widths[1:])
-        self.copy_at = len(widths) - 3 + (config.fold - 1)           # the stage at a quarter of the picture's size
+        self.copy_at = len(widths) - 3 + (config.fold - 1)           # the stage at half of the picture's size
         self.copy = ReferenceCopy(widths[self.copy_at + 1], config.refs) if config.copy else None
         self.out = nn.Conv2d(widths[-1], 3 * config.fold ** 2, 3, padding=1)
         self.out.weight.data.mul_(0.1 if config.copy else 1.0)

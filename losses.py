@@ -106,7 +106,7 @@ def reconstruction_loss(output, target, mouth_weight=0.0, mask=None):
 
 
 def load_vgg(weights):
-    """VGG-19's convolutions (up to the last one used), frozen.
+    """VGG-19's convolutions (up to the last one used).
 
     Patent: "a VGG model": VGG-19, S3(4).
     Shapes: weights "imagenet", "random" or the path of a file -> nn.Sequential: [B, 3, H, W] -> [B, 512, H/16, W/16].

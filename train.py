@@ -511,7 +511,7 @@ def lip_term(run, reader, output, batch):
 
 
 def generator_task(run):
-    """The step of S3: L = rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts frozen."""
+    """The step of S3: L = w_r rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts frozen."""
     config = run.config
     prepare_features(run)
     sync, reader = judges = load_experts(run)
@@ -537,7 +537,7 @@ def generator_task(run):
     size, micro = run.net_config.image_size, config.micro or config.batch
 
     def one(part, number):
-        """Losses of some groups, with gradients: {name: tensor}"""
+        """Some groups -> weighted total (with gradient), {loss: float}, made and true lower halves [BS, 3, H/2, W]"""
         progress = number / config.steps
         with lipsync.autocast(run.device):
             refs, masked, audio, amplitude, target = network_inputs(run, part, audio_encoder)
