@@ -200,7 +200,7 @@ RIGID_TEMPLATE = np.array([-4.446 - 2.664j, -1.856 - 2.585j, 1.856 - 2.585j, 4.4
 LIPS_OUTER = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185]
 LIPS_INNER = [78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 415, 310, 311, 312, 13, 82, 81, 80, 191]
 JAW = [234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 361, 323, 454]  # ear, chin (152), ear
-NOSE_TIP, CHIN, FOREHEAD = 4, 152, 10
+NOSE_TIP = 4
 NOSE_ROW = 118  # of 256: the tip's row in the crop, so that the whole mouth lies in the lower half
 BOX_MARGIN = 1.1  # crop side / height of the face (hairline to chin): leaves room below the chin for an open jaw
 TRACK_PIXELS = 1280 * 720  # MediaPipe finds no more in larger pictures, it only takes longer
@@ -210,7 +210,7 @@ class FaceTracker:
     """MediaPipe FaceMesh, made once for many videos (a new object per clip leaks until the machine dies). with FaceTracker() as t: ...
 
     FaceMesh's own detector misses faces below about a sixth of the picture, so where it finds none, MediaPipe's full-range detector
-    says where to look closer: a window around the largest face, kept as long as the face stays well inside. Once a second that
+    says where to look closer: a window around the largest face, kept as long as the face stays well inside. Each 25 frames that
     detector also counts: a lone face is left to a mesh for one, which is a third faster."""
 
     def __enter__(self):
@@ -294,8 +294,8 @@ def quiet_stderr():
 def follow_face(tracks, face=None):
     """tracks: per frame a list of float32 [478, 2] (all faces) -> float32 [T, 478, 2] of one person, NaN rows where absent.
 
-    Faces are linked to the nearest centre of the frame before. Then the largest person present in most frames is taken
-    (or of those present longest), or with face=N the N-th from left to right."""
+    Faces are linked to the nearest centre of the frame before. Of the people seen more than half as long as the longest-seen
+    the largest is taken, or with face=N the N-th from left to right."""
     people = []  # each: (indices, landmarks)
     for i, faces in enumerate(tracks):
         for points in sorted(faces, key=face_size, reverse=True):
@@ -306,7 +306,7 @@ def follow_face(tracks, face=None):
             best[0].append(i), best[1].append(points)
     landmarks = np.full((len(tracks), MESH_POINTS, 2), np.nan, np.float32)  # [T, 478, 2]
     longest = max((len(p[0]) for p in people), default=0)
-    people = [p for p in people if len(p[0]) > min(len(tracks), longest) / 2]
+    people = [p for p in people if len(p[0]) > longest / 2]
     if face is not None:
         people = sorted(people, key=lambda p: np.mean([points[:, 0].mean() for points in p[1]]))
         if not 0 <= face < len(people):
@@ -479,7 +479,6 @@ class YoloFace:
 
 CLIP_FRAMES = CLIP_SECONDS * FPS  # 125
 LAYOUT = 1  # of the clip files: a change makes prepare() do everything again
-REFUSALS = ("unreadable file", "no sound track", "silent sound", "face missing in > 10 % of frames", "face smaller than 80 px", "shorter than 1 s")
 GAP_FRAMES = 5  # so many frames without a face are bridged, whatever they show
 SMALLEST_FACE_PX, SILENCE = 80, 1e-3  # px of the original frame; root mean square of full scale (-60 dB)
 
@@ -527,6 +526,15 @@ def load_clip(path):
         parts = {name: file[name] for name in ("jpegs", "offsets", "landmarks", "found", "wave", "mel")}
         text, source = str(file["text"]), str(file["source"])
     return Clip(Path(path), source, text=text, shapes=mouth_shape(parts["landmarks"]), poses=head_pose(parts["landmarks"]), **parts)
+
+
+def load_or_skip(path):
+    """-> Clip, or None if its file is broken, which is said."""
+    try:
+        return load_clip(path)
+    except BadInput as error:
+        tqdm.write(f"skipped: {error}")
+        return None
 
 
 def list_clips(data_dir):
@@ -674,7 +682,7 @@ def save_clip(path, landmarks, affines, pieces, wave, text, source):
     samples = to_int16(wave)
     part = path.with_suffix(f".{os.getpid()}.part")
     with open(part, "wb") as file:
-        np.savez(file, jpegs=np.concatenate(jpegs), offsets=np.cumsum([0] + [len(j) for j in jpegs]), affines=affines,
+        np.savez(file, jpegs=np.concatenate(jpegs), offsets=np.cumsum([0] + [len(j) for j in jpegs]),
                  landmarks=warp(fill_gaps(landmarks), affines).astype(np.float32), found=np.isfinite(landmarks[:, 0, 0]), wave=samples,
                  mel=log_mel(samples.astype(np.float32) / 32768).numpy().astype(np.float16), text=text, source=source)
     os.replace(part, path)
@@ -778,13 +786,14 @@ def transcriber(model_name):
 
 
 def prepare(data_dir, workers=None, shard=None, detector=None, transcribe=None):
-    """Brings DIR/.clips up to date -> report {"videos", "new", "kept", "refused": {why: count}, and of this run "clips_per_s", "peak_mib"
-    of the largest worker}. Done videos are skipped, changed ones made again, so a killed run goes on where it was. shard=(i, n): only
+    """Brings DIR/.clips up to date -> report {"videos", "new", "kept", "refused": {why: count}, "orphans": clips whose video is gone,
+    and of this run "clips_per_s", "peak_mib" of the largest worker}. Done videos are skipped, changed ones made again, so a killed run goes on where it was. shard=(i, n): only
     every n-th video, by a hash of its path."""
     data_dir = Path(data_dir)
     videos = list_videos(data_dir)
     if not videos:
         raise BadInput(f"{data_dir}: no video in it")
+    stems = {clip_stem(v, data_dir) for v in videos}
     if shard is not None:
         videos = [v for v in videos if hash_of(v.relative_to(data_dir).as_posix()) % shard[1] == shard[0] % shard[1]]
     if detector:
@@ -802,18 +811,19 @@ def prepare(data_dir, workers=None, shard=None, detector=None, transcribe=None):
         process.start()
     try:
         with tqdm(total=len(todo), unit="video", disable=not todo) as bar:
-            speed, peak = watch(crew, results, bar)
+            speed, peak = wait_for(crew, results, bar)
     finally:
         for process in crew:
             process.terminate()
             process.join()
     done = [read_manifest(v, data_dir) for v in videos]
     refused = sum((Counter(d.get("refused", {})) for d in done), Counter())
+    orphans = sum(path.name.rsplit("_", 1)[0] not in stems for path in list_clips(data_dir))
     return {"videos": len(videos), "new": len(todo), "kept": sum(len(d.get("clips", [])) for d in done), "refused": dict(refused),
-            "clips_per_s": speed, "peak_mib": peak}
+            "orphans": orphans, "clips_per_s": speed, "peak_mib": peak}
 
 
-def watch(crew, results, bar):
+def wait_for(crew, results, bar):
     """Waits for the workers. -> (clips/s, MiB of the largest worker)"""
     clips, peak, began = 0, 0, time.monotonic()
     while bar.n < bar.total:
@@ -834,13 +844,8 @@ def print_report(report):
     print(f"{report['kept']:6d} clips kept" + (f"; {report['clips_per_s']:.2f} clips/s, {report['peak_mib']} MiB a worker" if report["new"] else ""))
     for reason, count in sorted(report["refused"].items(), key=lambda item: -item[1]):
         print(f"{count:6d} refused: {reason}")
-
-
-def refs_sheet(clips, png, count=3):
-    """A contact picture: one row a clip, its references from closed to widest."""
-    rows = [np.hstack([clip.frame(i) for i in select_references(clip.shapes, clip.poses, count)]) for clip in map(load_clip, clips)]
-    if not cv2.imwrite(str(png), np.vstack(rows)[..., ::-1]):
-        raise BadInput(f"{png}: cannot be written")
+    if report["orphans"]:
+        print(f"{report['orphans']:6d} clips of videos that are gone or renamed: still trained on, until you delete them from .clips")
 
 
 # ---- dataset (S2, S3): training samples --------------------------------------------------------------------------------
@@ -858,11 +863,11 @@ def clip_label(path):
 def split_clips(paths, held_out_names=""):
     """(training clips, held-out clips): by a hash of the source video, or because its name matches a pattern.
 
-    held_out_names: comma-separated glob patterns on the source's path. Both halves keep the order of `paths`. Where the hash leaves
+    held_out_names: comma-separated parts of the source's path, * and ? allowed. Both halves keep the order of `paths`. Where the hash leaves
     one half empty (a single video, say), the last tenth of the clips is held out. Broken clips are named and left out.
     """
     patterns = [p.strip() for p in held_out_names.split(",") if p.strip()]
-    halves = ([], [])
+    halves, good = ([], []), []
     for path in paths:
         try:
             source = clip_label(path)[0]
@@ -871,9 +876,10 @@ def split_clips(paths, held_out_names=""):
             continue
         chosen = any(fnmatch.fnmatch(source, f"*{p}*") for p in patterns)
         halves[chosen or is_held_out(source)].append(path)
-    if not patterns and not all(halves) and len(paths) > 1:
-        cut = -max(1, len(paths) // 10)
-        halves = paths[:cut], paths[cut:]
+        good.append(path)
+    if not patterns and not all(halves) and len(good) > 1:
+        cut = -max(1, len(good) // 10)
+        halves = good[:cut], good[cut:]
     return halves
 
 
@@ -883,10 +889,10 @@ class ClipDataset(torch.utils.data.Dataset):
     Patent: S2(2) the groups of S frames, S2(3) the audio window, Fig. 7 the references, S3 gamma and brightness.
     Shapes: sample = dict of
         refs [R, 3, H, W] uint8, target [S, 3, H, W] uint8 (masked = its upper half, made on the device),
-        audio [S, F, D] float32 selected features (frozen encoder), or mel [80, 4P] and window [S, F] int64 (scratch),
+        audio [S, F, D] float32 selected features (frozen encoder), or mel [80, 4 x 125] and window [S, F] int64 (scratch),
         sync [S, D] or [80, 4S] the sound of just these frames for the sync expert, in_sync bool,
         mouth [S, 4] int64 box (x0, y0, x1, y1) of the lips with a margin, amplitude [S] float32,
-        gamma, brightness float32 scalars, clip int64, start int64.
+        flip bool, gamma, brightness float32 scalars, clip int64, start int64.
         features: key of the frozen encoder's files (feature_path); None: scratch, from the mel. offsets {source: frames}:
         by how much a video's own sound is late (train.find_offsets).
     Choice: sample i depends on (seed, i) only, so a resumed run sees what it would have seen. Folders are drawn in
@@ -896,7 +902,6 @@ class ClipDataset(torch.utils.data.Dataset):
         In the first `spread` samples the S frames lie anywhere in the clip, not in a row: neighbours look alike, so
         these teach more, and the sync loss, which needs a row, comes later.
     """
-    POOL = CLIP_SECONDS * FPS                     # P, longest clip in frames
 
     def __init__(self, paths, config, group=5, seed=0, amplitude_share=0.3, random_refs=False, augment=True,
                  features=None, sync_audio=None, offsets=None, spread=0):
@@ -966,7 +971,7 @@ class ClipDataset(torch.utils.data.Dataset):
         if self.features:
             sample["audio"] = torch.from_numpy(features[window.numpy()].astype(np.float32))     # [S, F, D]
         else:
-            mel = np.zeros((N_MELS, MEL_PER_FRAME * self.POOL), np.float32)
+            mel = np.zeros((N_MELS, MEL_PER_FRAME * CLIP_FRAMES), np.float32)
             mel[:, :clip.mel.shape[1]] = clip.mel[:, :mel.shape[1]]
             sample.update(mel=torch.from_numpy(mel), window=window)
         sample["sync"] = torch.from_numpy(
@@ -1040,7 +1045,8 @@ class SentenceDataset(torch.utils.data.Dataset):
     """Whole clips and their text, for the lip reader.
 
     Patent: S3(2).
-    Shapes: video [T, 3, 64, 128] uint8, text str; `collate` pads a batch to video [B, T, ...], length [B], texts.
+    Shapes: video [T, 3, 64, 128] uint8, text str, number int; `collate` pads a batch to video [B, T, ...], length [B],
+        tokens [B, U], clip [B].
     Choice: at random mirrored, and slower or faster by up to a quarter.
     """
 
@@ -1052,8 +1058,12 @@ class SentenceDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, int(index)])
-        number = int(rng.integers(len(self.paths)))
-        clip = load_clip(self.paths[number])
+        for _ in range(20):                       # a broken file is named, and another takes its place
+            number = int(rng.integers(len(self.paths)))
+            if clip := load_or_skip(self.paths[number]):
+                break
+        else:
+            raise BadInput(f"{self.paths[0].parent}: hardly a clip there can be read; prepare the folder again")
         frames = np.arange(0, len(clip) - 0.5, rng.uniform(0.8, 1.25)).round().astype(int)
         video = lower_halves(clip, frames)
         video = video[..., ::-1].copy() if rng.random() < 0.5 else video
@@ -1465,7 +1475,6 @@ def main():
     parser.add_argument("--shard", metavar="i/n", help="only the i-th of n equal shares of the videos (i = 1..n), for n machines")
     parser.add_argument("--face-detector", metavar="ONNX", help="yolov8-face model for the face box (default: the landmarks' box)")
     parser.add_argument("--transcribe", metavar="MODEL", help="whisper model that writes down clips without text (default: none)")
-    parser.add_argument("--refs-sheet", metavar="PNG", help="also draw the reference frames of up to 20 clips into this picture")
     parser.add_argument("--clips", type=int, default=20, help="demo clips to draw, 5 s each (default: 20)")
     parser.add_argument("--speakers", type=int, default=4, help="demo speakers (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="demo seed (default: 0)")
@@ -1474,8 +1483,6 @@ def main():
         draw_demo(args.demo, clips=args.clips, speakers=args.speakers, seed=args.seed)
         return
     print_report(prepare(args.data, args.workers, parse_shard(args.shard), args.face_detector, args.transcribe))
-    if args.refs_sheet:
-        refs_sheet(list_clips(args.data)[:20], args.refs_sheet)
 
 
 def parse_shard(text):

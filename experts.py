@@ -8,10 +8,9 @@
     lip reader    | LipReader, lip_batch_loss, encode_text             | S3(2)
     a whole video | python experts.py VIDEO: measure_video             | S12
 
-Axes: B batch, S = 5 frames of a group, T video frames, D audio width, E embedding, G groups, K wrong sounds, N tokens, V kinds of
-token, M memory width. "Pictures" are RGB 0..1, the lower half of an upright face crop [3, H, 2H] (128 x 256 of the 256 px crop,
-half of that in training clips), or the view of the mouth that mouth_view has already cut from it. Offsets are in frames of 40 ms,
-+ = the sound comes late.
+Axes: lipsync.py's, and S = 5 frames of a group, E embedding, G groups, K wrong sounds, U tokens of a text, V kinds of token, M memory
+width. "Pictures" are RGB 0..1, the lower half of an upright face crop [3, H, 2H] (128 x 256 of the 256 px crop, half of that in
+training clips), or the view of the mouth that mouth_view has already cut from it. Offsets are in frames of 40 ms, + = the sound comes late.
 """
 import argparse
 import json
@@ -215,9 +214,9 @@ def read_curve(curve):
     return best - len(curve) // 2, float(curve[best]), float(curve.nanmedian() - curve[best])
 
 
-def hear(sync, wave, features):
-    """A sound as this sync expert takes it: of wave [N] and the audio encoder's features [T, D] of it, the mel [80, 4T] or the features"""
-    return lipsync.log_mel(wave) if sync.arch["audio"] == "mel" else torch.as_tensor(features, dtype=torch.float32)
+def hear(sync, mel, features):
+    """A sound as this sync expert takes it: its mel [80, 4T], or the audio encoder's features [T, D] of it"""
+    return torch.as_tensor(mel if sync.arch["audio"] == "mel" else features, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -290,7 +289,7 @@ class LipReader(nn.Module):
     """From the lower face to text.
 
     Patent: the lip-reading expert, S3(2): P(Y | V) of the text Y given the video V. Nothing is said of its inside.
-    Shapes: pictures [B, T, 3, H, 2H], tokens [B, N] int64 -> logits [B, N, V]; entry n has seen the video and tokens 0..n-1.
+    Shapes: pictures [B, T, 3, H, 2H], tokens [B, U] int64 -> logits [B, U, V]; entry n has seen the video and tokens 0..n-1.
         lengths [B]: frames of each clip, where clips are padded. ctc -> [B, T, V]; read -> B str.
     Choice: 3-D convolution, 2-D ResNet, Transformer (Afouras et al., 2018) and a CTC head, which learns first and pulls the
         rest along (Petridis et al., 2018). Grey, each frame normalised: light does not matter. Convolution over time before
@@ -335,11 +334,11 @@ class LipReader(nn.Module):
         return self.link(frames, padding), padding
 
     def spell(self, memory, padding, tokens):
-        """memory [B, T, M], padding [B, T] or None, tokens [B, N] -> logits [B, N, V]"""
-        B, N = check(tokens, "B N", "lip.tokens", B=memory.shape[0]).shape
-        query = self.embedding(fn.pad(tokens, (1, -1), value=BOS))                                       # [B, N, M]: entry n is given token n-1
+        """memory [B, T, M], padding [B, T] or None, tokens [B, U] -> logits [B, U, V]"""
+        B, U = check(tokens, "B U", "lip.tokens", B=memory.shape[0]).shape
+        query = self.embedding(fn.pad(tokens, (1, -1), value=BOS))                                       # [B, U, M]: entry n is given token n-1
         query = query + position_code(*query.shape[1:]).to(query)
-        future = torch.ones(N, N, dtype=torch.bool, device=tokens.device).triu(1)
+        future = torch.ones(U, U, dtype=torch.bool, device=tokens.device).triu(1)
         return self.text_head(self.decoder(query, memory, tgt_mask=future, memory_key_padding_mask=padding))
 
     def forward(self, pictures, tokens, lengths=None):
@@ -380,7 +379,7 @@ def lip_batch_loss(reader, pictures, tokens, lengths=None):
     """What the lip reader learns from: S3(2)'s loss plus CTC's, both per token (Watanabe et al., 2017).
 
     CTC judges the frames before and after the attention (Lee and Watanabe, 2021): those before learn to read first.
-    pictures [B, T, 3, H, 2H], tokens [B, N] int64 (bytes, EOS, then PAD), lengths [B] frames or None -> scalar.
+    pictures [B, T, 3, H, 2H], tokens [B, U] int64 (bytes, EOS, then PAD), lengths [B] frames or None -> scalar.
     """
     frames, padding = reader.look(pictures, lengths)                                                     # [B, T, M]
     memory = reader.link(frames, padding)
@@ -394,7 +393,7 @@ def lip_batch_loss(reader, pictures, tokens, lengths=None):
     return spelled + (ctc(frames) + ctc(memory)) / 2
 
 
-# ---------------------------------------------------------------- a whole video
+# ---------------------------------------------------------------- in a checkpoint
 def pack_expert(net, shrink=lambda value: value):
     """An expert (or None) as plain types and tensors, for a checkpoint; load_expert rebuilds it, in eval mode."""
     return net and {"arch": net.arch, "state": {name: shrink(value).cpu() for name, value in net.state_dict().items()}}
@@ -408,6 +407,7 @@ def load_expert(content):
     return net.eval()
 
 
+# ---------------------------------------------------------------- a whole video
 def watch_video(path, height=None):
     """Any video, cropped as training clips are: (pictures uint8 [T, 3, H, 2H], opening float32 [T] inner-lip gap in px of the 256 px
     crop, found bool [T] frames with a face).
@@ -452,7 +452,7 @@ def measure_video(path, sync, reader, audio_encoder, device, beam=4):
     pictures, opening, found = watch_video(path, VIEW_PX["small"] if small else None)
     result = dict(video=str(path), frames=len(found), frames_with_face=int(found.sum()), **measure_opening(opening, wave.numpy(), found.numpy()))
     if sync:
-        result |= measure_offset(sync, pictures, hear(sync, wave, audio_encoder(wave[None].to(device))[0]), found)
+        result |= measure_offset(sync, pictures, hear(sync, lipsync.log_mel(wave), audio_encoder(wave[None].to(device))[0]), found)
     if reader:  # in pieces as long as training clips
         pieces = pictures.split(data.CLIP_SECONDS * FPS)
         result["text"] = " ".join(reader.read(piece[None].to(device).float() / 255, beam)[0] for piece in pieces).strip()

@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import itertools
+import math
 import os
 import signal
 import tempfile
@@ -33,7 +34,7 @@ import data
 import experts
 import lipsync
 from data import CROP_PX
-from lipsync import FPS, SAMPLES_PER_FRAME, BadInput
+from lipsync import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput
 
 BATCH, QUEUE = 8, 12               # frames that go through the network together; that wait between two stages (33 MB of 720p)
 CHUNK_BYTES = 64 << 20             # backward play decodes this much at a time, forwards, and hands it out in reverse
@@ -125,7 +126,7 @@ def outlines(points):
 # ---- pass two: the frames again, also backwards ----------------------------------------------------------------------------
 def between(video, low, high, prints):
     """-> list of frames low .. high-1, exactly those that pass one saw, however badly the file seeks."""
-    for lead in (0.2, 5, high):                                      # seconds decoded before the first frame wanted
+    for lead in (0.2, 5, math.inf):                                  # seconds decoded before the first frame wanted
         start, window = max(0, low / FPS - lead), collections.deque(maxlen=high - low)
         limit = None if start == 0 else high - low + int((lead + 1) * FPS)
         with contextlib.closing(data.read_frames(video, start=start)) as frames:
@@ -228,29 +229,31 @@ def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=No
             raise BadInput(f"{flag} {path}: must be a file that ends in {suffixes}")
         if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise BadInput(f"{flag} {path}: its folder does not exist, or is read-only")
+        if path and any(path.exists() and os.path.exists(source) and path.samefile(source) for source in (video, audio)):
+            raise BadInput(f"{flag} {path}: is one of the inputs")
+    if compare and compare.resolve() in (out.resolve(), refs_sheet and refs_sheet.resolve()):
+        raise BadInput(f"--compare {compare}: is another output, too")
     if not 0.5 <= amplitude <= 2:
         raise BadInput(f"--amplitude {amplitude}: must lie between 0.5 and 2")
-    if any(out.exists() and os.path.exists(source) and out.samefile(source) for source in (video, audio)):
-        raise BadInput(f"--out {out}: is one of the inputs")
     wave, device = data.read_audio(audio), lipsync.pick_device(device)                       # [N]
-    _, net, listener, sync, _ = weights if isinstance(weights, tuple) else lipsync.load_networks(weights, device)
+    _, net, audio_encoder, sync, _ = weights if isinstance(weights, tuple) else lipsync.load_networks(weights, device)
     count, clock, start = max(1, round(len(wave) / SAMPLES_PER_FRAME)), collections.defaultdict(lambda: np.zeros(2)), time.perf_counter()
 
     def listen():
         with timed(clock, "listen", count), torch.inference_mode():
-            return listener(torch.from_numpy(wave)[None].to(device))                         # [1, L, D]
+            return audio_encoder(torch.from_numpy(wave)[None].to(device))                         # [1, L, D]
     with ThreadPoolExecutor(1) as pool:
         heard = pool.submit(listen)
         track = watch(video, max(count, REFERENCE_SECONDS * FPS), face, net.config.refs, clock, progress)
         features = heard.result()
-    seconds, strip, lips, changed, moments = None, [], [], [], {int((i + 0.5) * count / 8) for i in range(8)}
+    first_frame_s, strip, lips, changed, moments = None, [], [], [], {int((i + 0.5) * count / 8) for i in range(8)}
     with contextlib.ExitStack() as stack:
         side = stack.enter_context(data.VideoWriter(compare, wave, preset=PRESET)) if compare and compare.suffix.lower() == ".mp4" else None
         writer = stack.enter_context(data.VideoWriter(out, wave, preset=PRESET))
         frames = stack.enter_context(contextlib.closing(ahead(sweep(video, track.prints), clock, "decode, pass two")))
         drawn = stack.enter_context(contextlib.closing(ahead(draw(frames, count, track, net, features, amplitude, clock))))
         for i, (t, frame, crop, picture) in enumerate(tqdm(drawn, "dub", count, unit=" frames", disable=None if progress else True)):
-            seconds, dubbed = seconds or time.perf_counter() - start, frame      # of the first frame
+            first_frame_s, dubbed = first_frame_s or time.perf_counter() - start, frame
             if picture is not None:
                 with timed(clock, "blend"):
                     mask = face_mask(track.outlines[t])
@@ -264,12 +267,14 @@ def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=No
                 side.write(np.concatenate([frame, dubbed], 1))
             elif compare and i in moments:
                 strip.append(np.concatenate([data.crop(x, track.affines[t]) for x in (frame, dubbed)]))
-    first, seconds = seconds, time.perf_counter() - start
+    seconds = time.perf_counter() - start
     stages = {stage: {"frames": int(n), "seconds": float(s), "fps": float(n / max(s, 1e-9))} for stage, (n, s) in clock.items()}
-    report = dict(out=str(out), frames=count, kept=changed.count(False), seconds=seconds, fps=count / seconds, first_frame_s=first, stages=stages)
+    report = dict(out=str(out), frames=count, kept=changed.count(False), seconds=seconds, fps=count / seconds, first_frame_s=first_frame_s,
+                  stages=stages)
     if sync is not None:
         with contextlib.suppress(BadInput):                          # too few frames to measure
-            report |= experts.measure_offset(sync, np.stack(lips).transpose(0, 3, 1, 2), experts.hear(sync, wave, features[0]), changed)
+            sound = experts.hear(sync, lipsync.log_mel(wave[:SYNC_SECONDS * SAMPLE_RATE]), features[0])
+            report |= experts.measure_offset(sync, np.stack(lips).transpose(0, 3, 1, 2), sound, changed)
     for path, pictures in ((refs_sheet, list(track.refs)), (compare, strip)):
         if path and pictures:
             path.write_bytes(cv2.imencode(".png", np.concatenate(pictures, 1)[..., ::-1])[1])

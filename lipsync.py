@@ -9,10 +9,10 @@
     decoder  | ImageDecoder, SPADEResnetBlock, SPADE, ReferenceCopy | S2(5) | 4, 5, 6
     all      | LipSync                             | S2              | 1
 
-Axes, in every shape comment of this repository:
+Axes, here and in the other files, whose heads name the few that they add:
     B batch, S frames of a group, R reference pictures, C channels, H W pixels, h w feature map,
     L audio features of a clip (25 a second), N sound samples, F selected audio features, D audio width,
-    T video frames, G channels of one attention head.
+    T video frames, Q tokens that look, K tokens looked at, G channels of one head, M channels of SPADE's map.
 Pictures are RGB, float, 0..1. `python lipsync.py` prints the trace of one batch through everything below.
 """
 import argparse
@@ -220,6 +220,8 @@ class WhisperEncoder(nn.Module):
             from whisper.model import AudioEncoder
         except ImportError:
             raise BadInput("the package openai-whisper is missing: pip install openai-whisper, or use --audio-encoder scratch") from None
+        if dims["n_mels"] != N_MELS:
+            raise BadInput(f"this whisper hears {dims['n_mels']} mel bands, ours {N_MELS}: take one of tiny .. large-v2")
         self.dims, self.dim = dict(dims), dims["n_audio_state"]
         self.encoder = AudioEncoder(dims["n_mels"], dims["n_audio_ctx"], dims["n_audio_state"],
                                     dims["n_audio_head"], (dims["n_audio_layer"] + 1) // 2)
@@ -296,7 +298,7 @@ class ScratchEncoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.layers)
 
     def encode_mel(self, mel):
-        check(mel, "B 80 M", "audio.mel")
+        check(mel, "B 80 columns", "audio.mel")
         x = mel
         for layer, norm in zip(self.layers, self.norms):
             x = fn.leaky_relu(norm(layer(x).mT).mT, 0.1)[..., :x.shape[-1] // layer.stride[0]]
@@ -485,10 +487,10 @@ def attention(query, key, value, mask=None):
     """softmax(Q K^T / sqrt(G)) V
 
     Patent: S2(4)e, G channels of each token.
-    Shapes: query [B, heads, E, G], key and value [B, heads, M, G] -> [B, heads, E, G];
-        mask [M] is added to every row of logits: -inf where nobody may look.
+    Shapes: query [B, heads, Q, G], key and value [B, heads, K, G] -> [B, heads, Q, G];
+        mask [K] is added to every row of logits: -inf where nobody may look.
     """
-    logits = query @ key.mT / math.sqrt(query.shape[-1])             # [B, heads, E, M]
+    logits = query @ key.mT / math.sqrt(query.shape[-1])             # [B, heads, Q, K]
     if mask is not None:
         logits = logits + mask
     return logits.softmax(-1) @ value
@@ -498,7 +500,7 @@ class MultiHeadAttention(nn.Module):
     """Linear maps to Query, Key, Value; attention in each head; a linear map back.
 
     Patent: S2(4)d-e.
-    Shapes: tokens [B, E, C], others [B, M, C] -> [B, E, C]; mask [M] as in `attention`.
+    Shapes: tokens [B, Q, C], others [B, K, C] -> [B, Q, C]; mask [K] as in `attention`.
     Choice: biases everywhere, number of heads from the config; the patent gives neither.
     """
 
@@ -508,11 +510,11 @@ class MultiHeadAttention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, tokens, others, mask=None):
-        B, E, C = check(tokens, "B E C", "fusion.attention_in", C=self.out.in_features).shape
-        check(others, "B M C", "fusion.attention_to", B=B, C=C)
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # [B, heads, E, G]
+        B, Q, C = check(tokens, "B Q C", "fusion.attention_in", C=self.out.in_features).shape
+        check(others, "B K C", "fusion.attention_to", B=B, C=C)
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # [B, heads, Q, G]
         x = attention(split(self.query(tokens)), split(self.key(others)), split(self.value(others)), mask)
-        return self.out(x.transpose(1, 2).flatten(2))                            # [B, E, C]
+        return self.out(x.transpose(1, 2).flatten(2))                            # [B, Q, C]
 
 
 def position_code(length, width):
@@ -639,7 +641,7 @@ class ReferenceCopy(nn.Module):
     """A draft of the lower half, warped and mixed from the references.
 
     Patent: silent; it wants teeth and skin taken from the references (S2(2), advantages 3 and 7).
-    Shapes: x [B, C, h, w] decoder features, stretched over the lower half, refs [B, R, 3, H, W] 0..1 -> [B, 3, H/2, W] 0..1.
+    Shapes: x [B, C, h/2, w] decoder features of the lower half, refs [B, R, 3, H, W] 0..1 -> [B, 3, H/2, W] 0..1.
     Choice: a convolution predicts for each reference a flow (in half pictures) and a mixing weight, at the features'
         size; the sampled pixels are real ones, so they are sharp, also for a face never seen in training.
         The decoder then only corrects the draft. Source: the idea of DINet (Zhang et al. 2023); off with copy=False.
@@ -678,8 +680,6 @@ class ImageDecoder(nn.Module):
         lower 5/8 (an eighth for the convolutions to look up), and the picture's upper half is the masked frame's:
         a third less work. With copy, Conv2d's output is added to the draft before the Sigmoid (to its logit), so a
         decoder that says nothing leaves the draft as it is.
-    Fault: the draft's flow is predicted from the map's lowest H/8 rows, a quarter of the picture, where the lower half is H/4;
-        found after weights/edge.pt was trained, which needs it so. H/4 is sharper (README, What each part buys).
     """
 
     def __init__(self, config):
@@ -703,7 +703,7 @@ class ImageDecoder(nn.Module):
             x = _stage(self, block, x, skip[:, :, -x.shape[2]:])
             check(x, "B C h w", f"decoder.map{i}", B=B)
             if self.copy is not None and i == self.copy_at:
-                draft = check(self.copy(x[:, :, -H // 8:], refs), "B 3 h w", "decoder.draft", B=B)
+                draft = check(self.copy(x[:, :, -H // 4:], refs), "B 3 h w", "decoder.draft", B=B)
         x = self.out(fn.leaky_relu(x, 0.2)).float()                  # [B, 3 fold^2, 5/8 H/fold, W/fold]
         x = fn.pixel_shuffle(x, self.config.fold)[:, :, -H // 2:]    # [B, 3, H/2, W]
         if draft is not None:

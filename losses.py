@@ -1,6 +1,6 @@
 """The five losses of S3 and the discriminator that the last of them needs.
 
-total = reconstruction + w_sync * sync + w_lip * lip reading + w_perceptual * perceptual + w_gan * GAN
+total = w_rec * reconstruction + w_sync * sync + w_lip * lip reading + w_perceptual * perceptual + w_gan * GAN
 
 loss                  code                                   patent   formula, in plain text
 lip synchronisation   sync_loss                              S3(1)    BCE(a . v / max(|a| |v|, 1e-6), label)
@@ -10,7 +10,7 @@ perceptual            PerceptualLoss                         S3(4)    sum_i |VGG
 adversarial           Discriminator, discriminator_loss,     S3(5)    disc: E log(1 - D_j(I_o)) + E log D_j(I_r)
                       generator_loss                                  gen:  E log(1 - D_j(I_o))
 
-Axes: B batch, E width of an embedding, N tokens of a text, V kinds of token, C channels, H W pixels, h w patches.
+Axes: lipsync.py's, and E width of an embedding, U tokens of a text, V kinds of token; h w patches.
 I_o is the picture made, I_r the true one. Pictures are RGB, 0..1. Every loss is a float32 scalar, also under autocast,
 averaged over the batch. The weights w live in train.py's config; the experts that make a, v and P in experts.py.
 """
@@ -69,11 +69,11 @@ def lip_reading_loss(logits, tokens, pad):
     """How surprised the lip reader is by the true text, per token.
 
     Patent: L_lip = -Y log P(Y | V): Y the true text, P the reader's probabilities given the video V, S3(2).
-    Shapes: logits [B, N, V], tokens [B, N] int64 (`pad` after each text's end) -> scalar >= 0, nats per token.
+    Shapes: logits [B, U, V], tokens [B, U] int64 (`pad` after each text's end) -> scalar >= 0, nats per token.
     Choice: averaged over real tokens, so that neither padding nor a long text weighs more; 0 if there is no token.
     """
-    B, N, V = logits.shape
-    check(tokens, "B N", "tokens", B=B, N=N)
+    B, U, V = logits.shape
+    check(tokens, "B U", "tokens", B=B, U=U)
     surprise = fn.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), ignore_index=pad, reduction="sum")
     return surprise / (tokens != pad).sum().clamp(min=1)
 

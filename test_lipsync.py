@@ -117,6 +117,11 @@ def small_whisper():
     return lipsync.WhisperEncoder(dims)
 
 
+def test_a_whisper_that_hears_other_mel_bands_is_refused():
+    with pytest.raises(lipsync.BadInput, match="128 mel bands"):     # large-v3
+        lipsync.WhisperEncoder(dict(n_mels=128, n_audio_ctx=1500, n_audio_state=D, n_audio_head=2, n_audio_layer=4))
+
+
 def test_whisper_encoder_costs_what_the_sound_is_long_and_stays_frozen():
     encoder = small_whisper()
     encoder.train()
@@ -266,6 +271,18 @@ def test_a_silent_decoder_leaves_the_draft_which_is_made_of_reference_pixels():
     with torch.no_grad():
         output = net(refs, masked, audio)
     assert torch.allclose(output[:, :, 32:], refs.mean(1)[:, :, 32:].clamp(1 / 255, 254 / 255), atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ("edge", "tiny"))
+def test_the_draft_is_warped_by_all_rows_of_the_map_that_show_the_lower_half_and_no_others(preset):
+    net, maps = LipSync(dataclasses.replace(lipsync.PRESETS[preset], audio_dim=8)).eval(), {}
+    net.decoder.blocks[net.decoder.copy_at].register_forward_hook(lambda block, given, made: maps.update(made=made))
+    net.decoder.copy.register_forward_hook(lambda copy, given, made: maps.update(given=given[0]))
+    with torch.no_grad():
+        net(*(x[:1] for x in lipsync.example(net.config)))
+    rows = maps["made"].shape[2]                                     # the lower 5/8 of the map: 4/8 are the lower half
+    assert maps["made"].shape[3] == net.config.image_size // 2 == rows * 8 // 5
+    assert torch.equal(maps["given"], maps["made"][:, :, rows // 5:])
 
 
 # ---------------------------------------------------------------- S2 the whole network
@@ -833,6 +850,9 @@ def test_a_killed_preparation_goes_on_where_it_was(demo, tmp_path):
     assert report["kept"] == 3 and report["new"] < 3
     assert all(data.load_clip(p) for p in data.list_clips(tmp_path))
     assert any(p.stat().st_mtime_ns == t for p, t in finished.items())
+    (tmp_path / "0.mp4").rename(tmp_path / "other.mp4")
+    report = data.prepare(tmp_path, 1)
+    assert (report["kept"], report["new"], report["orphans"]) == (3, 1, 1)
 
 
 def test_yolo_boxes_are_decoded_and_doubles_suppressed():
@@ -937,11 +957,11 @@ def test_find_offsets_finds_a_late_sound_and_leaves_what_it_is_not_sure_of(prepa
     late = {source: (2, -3, 4)[i % 3] for i, source in enumerate(sorted({data.clip_label(p)[0] for p in run.clips}))}
     unsure = max(late)
 
-    def watch(run, sync, paths):
+    def embed(run, sync, paths):
         for path in paths:
             source = data.clip_label(path)[0]
-            yield path, source, vectors[5:45], vectors[5 - late[source]:45 - late[source]] if source != unsure else torch.ones(40, 64)
-    monkeypatch.setattr(train, "watch_clips", watch)
+            yield source, vectors[5:45], vectors[5 - late[source]:45 - late[source]] if source != unsure else torch.ones(40, 64)
+    monkeypatch.setattr(train, "embed_clips", embed)
     assert train.find_offsets(run, None) == {**late, unsure: 0}
 
 
@@ -953,6 +973,10 @@ def test_a_broken_clip_file_is_named_once_and_skipped(prepared, tmp_path, capsys
         assert samples[i]["clip"] == 1
     printed = capsys.readouterr().out
     assert printed.count("skipped from now on") == 1 and paths[0].name in printed
+    sentences = data.SentenceDataset(paths)
+    assert all(sentences[i][2] == 1 for i in range(8)) and data.load_or_skip(paths[0]) is None
+    same = [shutil.copy(paths[1], tmp_path / f"{i}.npz") for i in range(2)]
+    assert data.split_clips([*same, paths[0]], "" if not data.is_held_out(data.clip_label(paths[1])[0]) else "*") in ((same[:1], same[1:]), ([], same))
 
 
 def test_clips_made_with_more_options_stay_and_a_single_video_still_holds_out_its_end(prepared):
@@ -1112,9 +1136,14 @@ def test_a_killed_run_resumes_bit_for_bit(stage, kind, prepared, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 2 <= lipsync.load_checkpoint(file, kind)["step"] < 6
+    config = train.TrainConfig(out=str(tmp_path / "killed"), steps=6, sync_steps=6)
+    with pytest.raises(lipsync.BadInput, match="--resume goes on"):  # what is there is not overwritten by mistake
+        train.check_checkpoint(config, stage)
+    with pytest.raises(lipsync.BadInput, match="planned for 6 steps"):
+        train.check_checkpoint(dataclasses.replace(config, steps=9, sync_steps=9, resume=True), stage)
     assert training(prepared, tmp_path / "killed", *more, "--resume").returncode == 0
     whole, resumed = (lipsync.load_checkpoint(tmp_path / name / file.name, kind)["state"] for name in ("whole", "killed"))
-    for part in ("net", "judge", "audio") if stage == "generator" else ("net",):
+    for part in ("net", "discriminator", "audio") if stage == "generator" else ("net",):
         assert all(torch.equal(v, resumed[part][k]) for k, v in whole[part].items()), part
 
 
@@ -1137,6 +1166,14 @@ def test_bad_settings_are_one_line_and_exit_2(prepared, tmp_path, demo):
         result = training(*words)
         assert result.returncode == 2 and part in result.stderr and "Traceback" not in result.stderr, result.stderr
         assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("words, part", (((), "--data DIR is missing"), (("--gan", "wgan"), "--gan wgan: choose from"), (("--micro", "-1"), "--micro -1"),
+                                         (("--refs", "9"), "refs must be 1..8"), (("--expert-size", "big"), "--expert-size big")))
+def test_a_wrong_flag_is_told_before_the_work(words, part, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), *(("--data", str(prepared)) if words else ()), "--preset", "tiny", *words])
+    with pytest.raises(lipsync.BadInput, match=part):
+        train.main()
 
 
 def test_weights_of_another_shape_name_the_field_that_differs(trained, prepared, tmp_path):
@@ -1304,7 +1341,7 @@ def test_frames_without_a_face_stay_and_are_counted(dubbing, networks, tmp_path)
 
 
 @pytest.mark.parametrize("case", "video_missing video_folder video_text video_empty video_truncated playlist no_face audio_missing audio_silentvideo "
-                         "weights_missing weights_foreign weights_code amplitude out_folder out_suffix face".split())
+                         "weights_missing weights_foreign weights_code amplitude out_folder out_suffix face compare_video compare_out".split())
 def test_bad_input_names_the_fault_in_one_line_and_leaves_no_file(case, dubbing, networks, tmp_path):
     video, audio, weights, out = dubbing / "clip.mp4", dubbing / "short.wav", dubbing / "tiny.pt", tmp_path / "out.mp4"
     odd = tmp_path / "odd ' ü.mp4"
@@ -1323,12 +1360,12 @@ def test_bad_input_names_the_fault_in_one_line_and_leaves_no_file(case, dubbing,
     audio = {"audio_missing": tmp_path / "no.wav", "audio_silentvideo": odd}.get(case, audio)
     weights = {"weights_missing": tmp_path / "no.pt", "weights_foreign": odd, "weights_code": odd}.get(case, weights)
     out = {"out_folder": tmp_path / "no" / "out.mp4", "out_suffix": tmp_path / "out.txt"}.get(case, out)
-    more = {"amplitude": {"amplitude": 3.0}, "face": {"face": 7}}.get(case, {})
-    before = sorted(tmp_path.rglob("*"))
+    more = {"amplitude": {"amplitude": 3.0}, "face": {"face": 7}, "compare_video": {"compare": video}, "compare_out": {"compare": out}}.get(case, {})
+    before, size = sorted(tmp_path.rglob("*")), (dubbing / "clip.mp4").stat().st_size
     with pytest.raises(lipsync.BadInput) as error:
         infer.dub(video, audio, out, weights if case.startswith("weights") else networks, **more)
     assert case.split("_")[0] in ("amplitude", "face") or any(str(path) in str(error.value) for path in (video, audio, weights, out))
-    assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
+    assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before and (dubbing / "clip.mp4").stat().st_size == size
 
 
 def test_the_command_turns_bad_input_into_one_line_and_exit_2(dubbing, tmp_path):

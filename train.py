@@ -10,11 +10,12 @@
 `python train.py --data DIR --preset edge` runs the stages that are not yet done and ends with the table. RUN/ holds config.json,
 log.csv, samples/, curves.png, offsets.json, the resumable sync.pt, lip.pt, generator.pt, and weights.pt for infer.py; eval adds eval.json,
 amplitude.png and a strip of pictures over time for each folder.
-Axes as in lipsync.py.
+Axes as in lipsync.py and experts.py.
 """
 import argparse
 import csv
 import dataclasses
+import datetime
 import inspect
 import json
 import math
@@ -41,7 +42,12 @@ from lipsync import FPS, BadInput
 
 STAGES = ("sync", "lip", "generator")
 OPEN_PX = 8                          # height of a mouth that shows its teeth, px of the 256 px crop
+AMPLITUDES = (0.5, 1.5, 2)           # that eval measures beside 1
 OFFSETS, SURE = 5, 0.05              # frames that a video's own sound may be off; confidence from which it is believed
+COLUMNS = {"pictures": ("clips", "r", "lag", "lmd", "psnr", "ssim", "sharpness", "teeth", "opening", "offset", "confidence", "cer"),
+           "experts": ("clips", "accuracy", "accuracy_10db", "accuracy_1s", "accuracy_1s_10db", "shift", "cer", "reads")}
+CHOICES = {"preset": (*lipsync.PRESETS,), "stage": ("all", *STAGES, "eval"), "gan": ("non_saturating", "patent"), "decoder": ("", "spade", "conv"),
+           "expert_size": ("small", "full"), "sync_audio": ("", "features", "mel")}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class TrainConfig:
     steps: int = 20_000              # optimizer steps of the generator
     sync_steps: int = 4_000          # of the sync expert
     lip_steps: int = 4_000           # of the lip reader
-    batch: int = 16                  # groups of S frames per step and process (S3)
+    batch: int = 16                  # groups of S frames per step and process (S3); the sync expert takes four times as many
     group: int = 5                   # S, frames of a group (S3(1))
     micro: int = 0                   # groups per forward; fewer than batch accumulates gradients; 0: batch
     lr: float = 1e-4                 # Adam's, after warm-up (S3)
@@ -82,9 +88,10 @@ class TrainConfig:
     keep_offsets: bool = False       # leave each video's sound where it is, not where the sync expert finds it
     amplitude_share: float = 0.3     # share of samples that teach the amplitude coefficient
     expert_size: str = "small"       # small or full experts
+    expert_weights: str = ""         # the full sync expert's ResNeXt starts from: imagenet, or a file; empty: from nothing
     sync_audio: str = ""             # what the sync expert hears: features (whisper's) or mel, through an encoder of its own; empty: by encoder
     min_sync_accuracy: float = 0.75  # below it the generator refuses to train on the expert
-    held_out: str = ""               # comma-separated names (glob) of videos never trained on, beside a hashed tenth
+    held_out: str = ""               # comma-separated parts of the paths of videos never trained on, beside a hashed tenth
     weights: str = ""                # start from this checkpoint
     resume: bool = False             # continue the run in --out
     seed: int = 0
@@ -111,7 +118,7 @@ TRAINING = {
 
 # ---------------------------------------------------------------- what a run is made of
 class Run:
-    """The parts of a run that never change while it runs: config, device, clips, loaders; no training state."""
+    """What the stages share: config, device, clips, audio encoder, loaders; no training state."""
 
     def __init__(self, config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -144,10 +151,14 @@ def network_config(config):
     changes = {name: getattr(config, name) for name in ("audio_encoder", "decoder", "refs", "spacing") if getattr(config, name)}
     changes.update({field: False for flag, field in (("one_way", "bidirectional"), ("no_mask", "mask_upper"), ("no_copy", "copy"))
                     if getattr(config, flag)}, checkpointing=config.checkpointing)
-    net_config = dataclasses.replace(base, **changes)
+    try:
+        net_config = dataclasses.replace(base, **changes)
+    except ValueError as error:
+        raise BadInput(str(error).split(", got")[0]) from None
     encoder = lipsync.build_audio_encoder(net_config, saved and not config.audio_encoder and saved["audio_encoder"] or None)
     family, source = lipsync.parse_audio_encoder(net_config.audio_encoder)
-    name = f"{family}:{pathlib.Path(source).stem}" if source else family         # no path of this machine in the checkpoint
+    path = pathlib.Path(source)                   # no path of this machine in the checkpoint
+    name = f"{family}:{path.stem if path.is_file() else path.name if path.is_dir() else source}" if source else family
     return dataclasses.replace(net_config, audio_encoder=name, audio_dim=encoder.dim), encoder
 
 
@@ -171,10 +182,9 @@ def prepare_features(run, noisy=False):
     jobs = [(clip, n) for clip in run.clips + run.held_out for n in ([False, True] if noisy else [False])
             if not data.feature_path(clip, run.features, n).is_file()]
     for path, noise in tqdm(jobs[run.rank::run.world], desc="audio features", unit="clip", disable=not jobs):
-        try:
-            clip = data.load_clip(path)
-        except BadInput:
-            continue                              # the dataset names it
+        clip = data.load_or_skip(path)
+        if clip is None:
+            continue
         wave = clip.sound()
         if noise:
             wave = experts.corrupt_sound(wave, np.random.default_rng([run.config.seed, data.hash_of(path.name)]))
@@ -230,19 +240,20 @@ def fit(run, task):
     """Train task.parts to task.steps; returns False if a signal stopped it early. Resumes if asked to."""
     config, path, first = run.config, run.out / f"{task.name}.pt", 0
     if config.resume and path.is_file():
-        saved = lipsync.load_checkpoint(path, task.content()["kind"])
+        content = lipsync.load_checkpoint(path, task.content()["kind"])
         for name, part in task.parts.items():
-            part.load_state_dict(saved["state"][name])
-        first = saved["step"]
-        torch.set_rng_state(saved["random"][0])
-        torch.cuda.set_rng_state_all(saved["random"][1:])
+            part.load_state_dict(content["state"][name])
+        first = content["step"]
+        torch.set_rng_state(content["random"][0])
+        torch.cuda.set_rng_state_all(content["random"][1:])
     stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def save(step):
         if run.rank == 0:
             state = {name: part.state_dict() for name, part in task.parts.items()}
-            lipsync.save_checkpoint(path, {**task.content(), "state": state, "step": step, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]})
+            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            lipsync.save_checkpoint(path, {**task.content(), "state": state, "step": step, "steps": task.steps, "random": random})
 
     if first == 0:
         save(0)                                   # a full disk or a wrong folder shows before the work, not after it
@@ -250,14 +261,14 @@ def fit(run, task):
     bar = tqdm(total=task.steps, initial=first, desc=task.name, unit="step", disable=run.rank > 0, mininterval=1)
     saved_at = waited = began = time.perf_counter()
     waiting = 0.0
-    step = logged = first
+    step = logged = saved = first
     try:
         for batch in run.loader(task.dataset, first, task.steps, task.batch):
             waiting += time.perf_counter() - waited
             figures = task.step({k: v.to(run.device, non_blocking=True) for k, v in batch.items()}, step)
             bad = [k for k, v in figures.items() if not math.isfinite(v)]
             if bad:
-                names = ", ".join(sorted({pathlib.Path(run.clips[int(i)]).name for i in batch["clip"]}))
+                names = ", ".join(sorted({pathlib.Path(task.dataset.paths[int(i)]).name for i in batch["clip"]}))
                 raise BadInput(f"{task.name}: {', '.join(bad)} is not finite at step {step}; clips of the batch: {names}; "
                                f"the last good checkpoint is {path}")
             step += 1
@@ -272,7 +283,7 @@ def fit(run, task):
                 task.sample(step)
             if stop or time.perf_counter() - saved_at > 60 * config.save_minutes:
                 save(step)
-                saved_at = time.perf_counter()
+                saved, saved_at = step, time.perf_counter()
                 if stop:
                     break
             waited = time.perf_counter()
@@ -280,10 +291,12 @@ def fit(run, task):
         bar.close()
         for s, handler in handlers.items():
             signal.signal(s, handler)
-    if not stop:
+    if saved < step:
         save(step)
     if log:
         draw_curves(log.path, run.out / "curves.png")
+    if run.world > 1 and not stop:
+        torch.distributed.barrier()               # the next stage reads what rank 0 has written
     return not stop
 
 
@@ -338,36 +351,40 @@ def draw_curves(log, png):
 
 
 # ---------------------------------------------------------------- the experts
-def halves(pictures):
-    """uint8 lower halves [..., 3, h, w] -> float 0..1"""
-    return pictures.float() / 255
-
-
 def mouths(pictures, size):
     """uint8 lower halves [..., 3, H, 2H] -> float 0..1; for small experts only what they see of them"""
-    return experts.mouth_view(halves(pictures), experts.VIEW_PX[size]) if size == "small" else halves(pictures)
+    return experts.mouth_view(pictures.float() / 255, experts.VIEW_PX[size]) if size == "small" else pictures.float() / 255
+
+
+def expert_task(run, name, net, dataset, lr, steps, batch, frames, judge):
+    """judge(batch) -> loss, {figure: float}; frames of a sample"""
+    net.to(run.device)
+    optimizer, scheduler = adam(net.parameters(), lr, steps, run.config.warmup)
+
+    def step(batch, number):
+        net.train()
+        with lipsync.autocast(run.device):
+            loss, figures = judge(batch)
+        loss.backward()
+        norm = update(run, [net], optimizer, scheduler)
+        return {"total": loss.item(), name: loss.item(), "lr": scheduler.get_last_lr()[0], "grad_norm": norm, **figures}
+    return Task(name, dict(net=net, optimizer=optimizer, scheduler=scheduler), step, dataset, steps, batch, batch * frames,
+                lambda: {"kind": name, "arch": net.arch})
 
 
 def sync_task(run):
     """S3(1): in-sync or not, for S frames and their sound; half of the wrong sounds come from the same clip."""
     config = run.config
     prepare_features(run, noisy=True)
-    net = experts.SyncXNet(config.expert_size, run.sync_audio, run.net_config.audio_dim).to(run.device)
-    net.to(memory_format=torch.channels_last)
-    optimizer, scheduler = adam(net.parameters(), config.sync_lr, config.sync_steps, config.warmup)
+    net = experts.SyncXNet(config.expert_size, run.sync_audio, run.net_config.audio_dim, config.expert_weights or None).to(memory_format=torch.channels_last)
 
-    def step(batch, number):
-        net.train()
-        with lipsync.autocast(run.device):
-            pictures = experts.jitter_pictures(mouths(batch["pictures"], config.expert_size))         # [B, S, 3, h, w]
-            loss, accuracy = experts.sync_batch_loss(net, pictures, batch["sound"], foreign_sounds(batch))
-        loss.backward()
-        norm = update(run, [net], optimizer, scheduler)
-        return dict(total=loss.item(), sync=loss.item(), accuracy=float(accuracy), lr=scheduler.get_last_lr()[0], grad_norm=norm)
+    def judge(batch):
+        pictures = experts.jitter_pictures(mouths(batch["pictures"], config.expert_size))             # [B, S, 3, h, w]
+        loss, accuracy = experts.sync_batch_loss(net, pictures, batch["sound"], foreign_sounds(batch))
+        return loss, {"accuracy": float(accuracy)}
 
-    dataset = data.SyncDataset(run.clips, run.net_config, config.group, config.seed, features=run.features, sync_audio=run.sync_audio)
-    return Task("sync", dict(net=net, optimizer=optimizer, scheduler=scheduler), step, dataset, config.sync_steps,
-                4 * config.batch, 4 * config.batch * config.group, lambda: {"kind": "sync", "arch": net.arch})
+    dataset = data.SyncDataset(run.clips, run.net_config, experts.GROUP, config.seed, features=run.features, sync_audio=run.sync_audio)
+    return expert_task(run, "sync", net, dataset, config.sync_lr, config.sync_steps, 4 * config.batch, experts.GROUP, judge)
 
 
 def foreign_sounds(batch):
@@ -382,26 +399,19 @@ def foreign_sounds(batch):
 
 
 def lip_task(run):
-    """S3(2): the text of a whole clip from its lower halves."""
+    """S3(2): the text of a whole clip from its lower halves. None if no clip has a text."""
     config = run.config
     clips = [p for p in run.clips if data.clip_label(p)[1]]
     if not clips:
         return None
-    net = experts.LipReader(config.expert_size).to(run.device)
-    optimizer, scheduler = adam(net.parameters(), config.lip_lr, config.lip_steps, config.warmup)
+    net = experts.LipReader(config.expert_size)
 
-    def step(batch, number):
-        net.train()
-        with lipsync.autocast(run.device):
-            pictures = experts.jitter_pictures(mouths(batch["video"], config.expert_size), 0.5)       # [B, T, 3, h, w]
-            loss = experts.lip_batch_loss(net, pictures, batch["tokens"], batch["length"])
-        loss.backward()
-        norm = update(run, [net], optimizer, scheduler)
-        return dict(total=loss.item(), lip=loss.item(), lr=scheduler.get_last_lr()[0], grad_norm=norm)
+    def judge(batch):
+        pictures = experts.jitter_pictures(mouths(batch["video"], config.expert_size), 0.5)           # [B, T, 3, h, w]
+        return experts.lip_batch_loss(net, pictures, batch["tokens"], batch["length"]), {}
 
-    return Task("lip", dict(net=net, optimizer=optimizer, scheduler=scheduler), step,
-                data.SentenceDataset(clips, config.seed), config.lip_steps, config.batch,
-                config.batch * data.CLIP_SECONDS * FPS, lambda: {"kind": "lip", "arch": net.arch})
+    dataset = data.SentenceDataset(clips, config.seed)
+    return expert_task(run, "lip", net, dataset, config.lip_lr, config.lip_steps, config.batch, data.CLIP_FRAMES, judge)
 
 
 def load_experts(run):
@@ -414,25 +424,26 @@ def load_experts(run):
             saved = lipsync.load_checkpoint(path, name)
             content = {"arch": saved["arch"], "state": saved["state"]["net"]}
         nets.append(content and freeze(experts.load_expert(content).to(run.device)))
+    arch = nets[0] and nets[0].arch
+    if arch and arch["audio"] == "features" and not (run.features and arch["audio_dim"] == run.net_config.audio_dim):
+        raise BadInput(f"the sync expert hears {arch['audio_dim']} features of a frozen audio encoder, this run's is {run.net_config.audio_encoder} "
+                       f"({run.net_config.audio_dim}): train one for it (--stage sync), or use --sync-weight 0 and another --out")
     return nets
 
 
-def watch_clips(run, sync, paths):
-    """-> per readable clip: path, its source, what embed_clip makes of it"""
+def embed_clips(run, sync, paths):
+    """-> per readable clip: its source, what embed_clip makes of it"""
     for path in tqdm(paths, desc="lips and sound", unit="clip", disable=run.rank > 0):
-        try:
-            clip = data.load_clip(path)
+        clip = data.load_or_skip(path)
+        if clip is not None and len(clip) > 2 * experts.GROUP:
             features = np.load(data.feature_path(path, run.features)) if run.features else None
-        except (BadInput, OSError, ValueError):
-            continue                              # the dataset names it
-        if len(clip) > 2 * experts.GROUP:
-            yield path, clip.source, *experts.embed_clip(sync, data.lower_halves(clip, range(len(clip))), experts.hear(sync, clip.sound(), features))
+            yield clip.source, *experts.embed_clip(sync, data.lower_halves(clip, range(len(clip))), experts.hear(sync, clip.mel, features))
 
 
 def grade_sync(run, sync):
     """Held-out accuracy of the sync expert: cosine over 0.5 for true sound, under it for the same clip's other sound. -> 0..1"""
     paths = run.held_out or run.clips
-    return float(np.mean([experts.sync_accuracy(video, audio) for *_, video, audio in watch_clips(run, sync, paths[::max(1, len(paths) // 60)])]))
+    return float(np.mean([experts.sync_accuracy(video, audio) for *_, video, audio in embed_clips(run, sync, paths[::max(1, len(paths) // 60)])]))
 
 
 def lateness(curves):
@@ -446,7 +457,7 @@ def find_offsets(run, sync):
     frames off, which teaches a generator to mumble (LatentSync, 2024, shifts them, too)."""
     path, curves = run.out / "offsets.json", {}
     offsets = json.loads(path.read_text()) if run.config.resume and path.is_file() else {}   # a resumed run need not look again
-    for _, source, video, audio in watch_clips(run, sync, [p for p in run.clips if data.clip_label(p)[0] not in offsets]):
+    for source, video, audio in embed_clips(run, sync, [p for p in run.clips if data.clip_label(p)[0] not in offsets]):
         curves.setdefault(source, []).append(experts.sync_curve(video, audio, max_shift=OFFSETS))
     offsets.update({source: lateness(some) for source, some in curves.items()})
     if run.rank == 0:
@@ -478,7 +489,7 @@ def network_inputs(run, batch, audio_encoder):
     if "audio" in batch:
         audio = batch["audio"].flatten(0, 1)                         # [BS, F, D]
     else:
-        features = audio_encoder.encode_mel(batch["mel"])            # [B, P, D]
+        features = audio_encoder.encode_mel(batch["mel"])            # [B, L, D]
         audio = features[torch.arange(B, device=features.device)[:, None, None], batch["window"]].flatten(0, 1)
     return refs, target * lipsync.half_mask(target), audio, batch["amplitude"].flatten(), target
 
@@ -497,15 +508,15 @@ def lip_term(run, reader, output, batch):
     """
     S = output.shape[1]
     for b in range(len(output)):
-        clip = data.load_clip(run.clips[int(batch["clip"][b])])
-        if clip.text and bool(batch["in_sync"][b]):
-            video = halves(torch.from_numpy(data.lower_halves(clip, range(len(clip))))).to(output)   # [T, 3, h', w']
+        clip = data.load_clip(run.clips[int(batch["clip"][b])]) if batch["in_sync"][b] else None
+        if clip and clip.text:
+            video = torch.from_numpy(data.lower_halves(clip, range(len(clip)))).to(output) / 255     # [T, 3, h', w']
             video = (video ** batch["gamma"][b] * batch["brightness"][b]).clamp(0, 1)
             made = fn.interpolate(output[b], size=video.shape[-2:], mode="area")
             made = made.flip(-1) if batch["flip"][b] else made
             start = int(batch["start"][b])
             video = torch.cat([video[:start], made, video[start + S:]])[None]    # [1, T, 3, h', w']
-            tokens = torch.tensor([experts.encode_text(clip.text)], device=output.device)    # [1, N]
+            tokens = torch.tensor([experts.encode_text(clip.text)], device=output.device)    # [1, U]
             return losses.lip_reading_loss(reader(video, tokens), tokens, experts.PAD)
     return None
 
@@ -514,29 +525,30 @@ def generator_task(run):
     """The step of S3: L = w_r rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts frozen."""
     config = run.config
     prepare_features(run)
-    sync, reader = judges = load_experts(run)
-    accuracy = sync and grade_sync(run, sync)
+    sync_expert, reader = load_experts(run)
+    accuracy = sync_expert and grade_sync(run, sync_expert)
     reasons = loss_report(run, accuracy, reader)
-    sync = sync if sync and accuracy >= config.min_sync_accuracy else None
-    run.sync_audio = sync.arch["audio"] if sync else run.sync_audio              # the expert may come from --weights
+    sync = sync_expert if sync_expert and accuracy >= config.min_sync_accuracy else None
+    ear, sync_audio = sync_expert and sync_expert.listen, sync.arch["audio"] if sync else run.sync_audio
     offsets = find_offsets(run, sync) if sync and not config.keep_offsets else {}
     net = lipsync.LipSync(run.net_config).to(run.device, memory_format=torch.channels_last)
     audio_encoder = run.audio_encoder
     if config.weights:
         start_from(net, audio_encoder, config.weights)
-    elif not audio_encoder.frozen and judges[0] and judges[0].listen and judges[0].arch["audio_dim"] == audio_encoder.dim:
-        audio_encoder.load_state_dict(judges[0].listen.state_dict())             # it has learned to hear beside the sync expert
+    elif not audio_encoder.frozen and ear and sync_expert.arch["audio_dim"] == audio_encoder.dim:
+        audio_encoder.load_state_dict(ear.state_dict())              # it has learned to hear beside the sync expert
     modules = [net] + ([] if audio_encoder.frozen else [audio_encoder])
     optimizer, scheduler = adam([p for m in modules for p in m.parameters()], config.lr, config.steps, config.warmup)
-    judge = losses.Discriminator().to(run.device, memory_format=torch.channels_last)
-    judge_optimizer, judge_scheduler = adam(judge.parameters(), config.lr, round(config.steps * (1 - config.gan_start)), config.warmup)
+    discriminator = losses.Discriminator().to(run.device, memory_format=torch.channels_last)
+    discriminator_optimizer, discriminator_scheduler = adam(discriminator.parameters(), config.lr,
+                                                            round(config.steps * (1 - config.gan_start)), config.warmup)
     perceptual = losses.PerceptualLoss(config.vgg).to(run.device) if config.perceptual_weight else None
     if run.rank == 0:
         print("losses: " + "; ".join(f"{k} {v}" for k, v in reasons.items()))
     forward = torch.compile(net) if config.compile else net
     size, micro = run.net_config.image_size, config.micro or config.batch
 
-    def one(part, number):
+    def group_losses(part, number):
         """Some groups -> weighted total (with gradient), {loss: float}, made and true lower halves [BS, 3, H/2, W]"""
         progress = number / config.steps
         with lipsync.autocast(run.device):
@@ -555,7 +567,7 @@ def generator_task(run):
                 term = lip_term(run, reader, low.unflatten(0, (-1, config.group)), part)
                 terms.update({} if term is None else {"lip": (config.lip_weight, term)})
             if config.gan_weight and progress >= config.gan_start:
-                terms["gan"] = config.gan_weight, losses.generator_loss(judge(low), config.gan)
+                terms["gan"] = config.gan_weight, losses.generator_loss(discriminator(low), config.gan)
         total = sum(weight * term for weight, term in terms.values())
         return total, {k: v.item() for k, (_, v) in terms.items()}, low.detach(), target[:, :, size // 2:]
 
@@ -565,30 +577,30 @@ def generator_task(run):
         for i in range(-(-config.batch // micro)):
             part = {k: v[i * micro:(i + 1) * micro] for k, v in batch.items()}
             share = len(part["clip"]) / len(batch["clip"])
-            total, terms, fake, real = one(part, number)
+            total, terms, fake, real = group_losses(part, number)
             (total * share).backward()
             pairs.append((fake, real, share))
             for k, v in {"total": total.item(), **terms}.items():
                 figures[k] = figures.get(k, 0) + v * share
         figures.update(grad_norm=update(run, modules, optimizer, scheduler), lr=scheduler.get_last_lr()[0])
-        judge_optimizer.zero_grad(set_to_none=True)                  # what the generator's step left there
+        discriminator_optimizer.zero_grad(set_to_none=True)          # what the generator's step left there
         if "gan" in figures:
             for fake, real, share in pairs:
                 with lipsync.autocast(run.device):
-                    loss = losses.discriminator_loss(judge(real), judge(fake)) * share
+                    loss = losses.discriminator_loss(discriminator(real), discriminator(fake)) * share
                 loss.backward()
                 figures["discriminator"] = figures.get("discriminator", 0) + loss.item()
-            update(run, [judge], judge_optimizer, judge_scheduler)
+            update(run, [discriminator], discriminator_optimizer, discriminator_scheduler)
         return figures
 
     samples = SampleSheet(run, net, audio_encoder)
-    parts = dict(net=net, audio=audio_encoder, optimizer=optimizer, scheduler=scheduler,
-                 judge=judge, judge_optimizer=judge_optimizer, judge_scheduler=judge_scheduler)
+    parts = dict(net=net, audio=audio_encoder, optimizer=optimizer, scheduler=scheduler, discriminator=discriminator,
+                 discriminator_optimizer=discriminator_optimizer, discriminator_scheduler=discriminator_scheduler)
     if audio_encoder.frozen:
         del parts["audio"]
-    content = lambda: weights_content(run, net, audio_encoder, *judges)
+    content = lambda: weights_content(run, net, audio_encoder, sync_expert, reader)
     dataset = data.ClipDataset(run.clips, run.net_config, config.group, config.seed, config.amplitude_share,
-                               config.random_refs, features=run.features, sync_audio=run.sync_audio, offsets=offsets,
+                               config.random_refs, features=run.features, sync_audio=sync_audio, offsets=offsets,
                                spread=round(config.sync_start * config.steps) * config.batch * run.world)
     return Task("generator", parts, step, dataset, config.steps, config.batch, config.batch * config.group, content, samples)
 
@@ -763,9 +775,6 @@ def mouth_boxes(landmarks):
     return np.concatenate([low - margin, high + margin], 1).clip(0, data.CROP_PX).round().astype(int)
 
 
-AMPLITUDES = (0.5, 1.5, 2)            # beside the table's own 1
-
-
 def amplitude_panels(table):
     """The mean opening (px of the 256 px crop) over the amplitude, a panel per folder."""
     panels = []
@@ -795,28 +804,30 @@ def average(rows):
 def evaluate(run, weights):
     """The held-out table {folder: {row: {column: number}}}: rows model, copy (a reference's lower half), silence, real, amplitude A.
 
-    As in training, the sync expert first moves a clip's own sound to its lips (find_offsets), unless --keep-offsets."""
+    The sync expert first moves a clip's own sound to its lips, as find_offsets does by video in training, unless --keep-offsets."""
     _, net, audio_encoder, sync, reader = lipsync.load_networks(weights, run.device)
     cost, _ = lipsync.gmac(net, *(x.to(run.device) for x in lipsync.example(net.config)))
     print(f"network: {cost:.3f} GMAC a frame, {1 / lipsync.seconds_a_frame(net, 8):.0f} frames/s in batches of 8")
     table = {}
     with data.FaceTracker() as tracker:
         for folder, path in tqdm(spread_over_folders(run.held_out, run.config.eval_clips), desc="eval", unit="clip"):
-            clip, rows = data.load_clip(path), table.setdefault(folder, {})
+            clip, rows = data.load_or_skip(path), table.setdefault(folder, {})
+            if clip is None:
+                continue
             wave = torch.from_numpy(clip.sound())
             features, silent = (audio_encoder(w[None].to(run.device))[0] for w in (wave, torch.zeros_like(wave)))    # [T, D]
             true = np.stack([clip.frame(i) for i in range(len(clip))])
             copy, refs = true.copy(), data.select_references(clip.shapes, clip.poses, net.config.refs)
             copy[:, data.CROP_PX // 2:] = true[refs[len(refs) // 2], data.CROP_PX // 2:]
-            sound = sync and experts.hear(sync, wave, features)
+            sound = sync and experts.hear(sync, clip.mel, features)
             if sync is not None and not run.config.keep_offsets:
                 pairs = experts.embed_clip(sync, data.lower_halves(clip, range(len(clip))), sound)
                 features = data.move_sound(clip, features, lateness([experts.sync_curve(*pairs, max_shift=OFFSETS)]))
-                sound = experts.hear(sync, wave, features)
+                sound = experts.hear(sync, clip.mel, features)       # moved, too
             for name, made in (("model", generate(net, clip, features, 1.0, run.device)), ("copy", copy),
                                ("silence", generate(net, clip, silent, 1.0, run.device)), ("real", true)):
                 if name == "model" and name not in rows:
-                    save_strip(run.out / f"strip_{pathlib.Path(folder).name or 'videos'}.png", true[refs[0]], true, made)
+                    save_strip(run.out / f"strip_{folder.replace('/', '_') if folder != '.' else 'videos'}.png", true[refs[0]], true, made)
                 rows.setdefault(name, []).append(measure_pictures(made, true, clip, tracker, sync, reader, sound))
             for amplitude in AMPLITUDES:
                 points = find_landmarks(tracker, generate(net, clip, features, amplitude, run.device))
@@ -841,36 +852,35 @@ def evaluate_experts(run, audio_encoder, sync, reader):
     """How well the experts judge real held-out clips: {folder: [a row per clip]}.
 
     accuracy of S frames alone, accuracy_1s of a second's mean, the same with white noise 10 dB below the speech: sync_accuracy, 0..1;
-    shift: 1 if a shift of the sound, -7..7 frames, is found to within one; cer: character error rate; reads: 1 if the true text costs less than another clip's.
+    shift: 1 if a shift of the sound, -7..7 frames, is found to within one; cer: character error rate; reads: 1 if the true text costs
+    less than another clip's.
     """
     table, rng = {}, np.random.default_rng(0)
     texts = sorted({data.clip_label(path)[1] for path in run.held_out} - {""}) if reader else []
     for folder, path in tqdm(spread_over_folders(run.held_out, 4 * run.config.eval_clips), desc="experts", unit="clip"):
-        clip, row = data.load_clip(path), {}
+        clip, row = data.load_or_skip(path), {}
+        if clip is None:
+            continue
         table.setdefault(folder, []).append(row)
         pictures = torch.from_numpy(data.lower_halves(clip, range(len(clip))))       # [T, 3, 64, 128]
         if sync is not None and len(clip) > 2 * experts.GROUP + 7:
             wave = clip.sound()
             for name, heard in (("_10db", experts.add_noise(wave, 10, rng).clip(-1, 1)), ("", wave)):
                 features = audio_encoder(torch.from_numpy(heard)[None].to(run.device))[0]
-                video, audio = experts.embed_clip(sync, pictures, experts.hear(sync, heard, features))
+                video, audio = experts.embed_clip(sync, pictures, experts.hear(sync, lipsync.log_mel(heard), features))
                 row["accuracy" + name] = experts.sync_accuracy(video, audio)
                 row["accuracy_1s" + name] = experts.sync_accuracy(video, audio, min(FPS, len(video) // 2))
             late, G = int(rng.integers(-7, 8)), len(video)
             curve = experts.sync_curve(video[max(0, late):G + min(0, late)], audio[max(0, -late):G - max(0, late)])
             row["shift"] = float(abs(experts.read_curve(curve)[0] - late) <= 1)
         if reader is not None and clip.text:
-            memory = reader.watch(halves(pictures[None].to(run.device)))
+            memory = reader.watch(pictures[None].to(run.device) / 255)
             row["cer"] = experts.character_error_rate(reader.read_one(memory[0], 1), clip.text)
             other = texts[(texts.index(clip.text) + 1 + int(rng.integers(max(1, len(texts) - 1)))) % len(texts)]
             costs = [float(losses.lip_reading_loss(reader.spell(*memory, tokens), tokens, experts.PAD)) for tokens in
                      (torch.tensor([experts.encode_text(text)], device=run.device) for text in (clip.text, other))]
             row["reads"] = float(costs[0] < costs[1])
     return table
-
-
-COLUMNS = {"pictures": ("clips", "r", "lag", "lmd", "psnr", "ssim", "sharpness", "teeth", "opening", "offset", "confidence", "cer"),
-           "experts": ("clips", "accuracy", "accuracy_10db", "accuracy_1s", "accuracy_1s_10db", "shift", "cer", "reads")}
 
 
 def print_table(table):
@@ -908,14 +918,29 @@ def is_done(config, stage):
     return all(file.is_file() for file in files) and lipsync.load_checkpoint(path, kind)["step"] >= steps
 
 
+def check_checkpoint(config, stage):
+    """BadInput where RUN/STAGE.pt holds a stopped run and --resume is missing, or where the schedule would be another one's end."""
+    path, steps = pathlib.Path(config.out, f"{stage}.pt"), getattr(config, f"{stage}_steps", config.steps)
+    if not path.is_file():
+        return
+    saved = lipsync.load_checkpoint(path, "lipsync" if stage == "generator" else stage)
+    step, planned = saved["step"], saved.get("steps", steps)
+    if config.resume and planned != steps:
+        raise BadInput(f"{path}: was planned for {planned} steps, which its learning rate follows: resume it with as many, not {steps}")
+    if not config.resume and 0 < step < planned:
+        raise BadInput(f"{path}: stopped at step {step} of {planned}; --resume goes on; to begin anew, delete it or take another --out")
+
+
 def main():
     config = parse_flags(TrainConfig, __doc__.split("\n\n")[0])
-    if config.preset not in lipsync.PRESETS:
-        raise BadInput(f"--preset {config.preset}: choose from {', '.join(lipsync.PRESETS)}")
-    if config.stage not in STAGES + ("all", "eval"):
-        raise BadInput(f"--stage {config.stage}: choose from all, {', '.join(STAGES)}, eval")
-    for name in ("batch", "group", "steps", "sync_steps", "lip_steps", "save_minutes", "sample_steps", "eval_clips", "lr", "sync_lr", "lip_lr"):
-        if getattr(config, name) < 0 or (getattr(config, name) == 0 and name != "save_minutes"):
+    if not config.data:
+        raise BadInput("--data DIR is missing: a folder of talking-head videos")
+    for name, allowed in CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: choose from {', '.join(filter(None, allowed))}")
+    for name in ("batch", "group", "steps", "sync_steps", "lip_steps", "save_minutes", "sample_steps", "eval_clips", "lr", "sync_lr",
+                 "lip_lr", "micro"):
+        if getattr(config, name) < 0 or (getattr(config, name) == 0 and name not in ("save_minutes", "micro")):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
     if config.group != experts.GROUP and config.sync_weight and config.stage in ("all", "sync", "generator"):
         raise BadInput(f"--group {config.group}: the sync expert sees {experts.GROUP} frames; use that, or --sync-weight 0")
@@ -926,18 +951,23 @@ def main():
     except OSError as error:
         raise BadInput(f"--out {out}: {error.strerror}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                             timeout=datetime.timedelta(days=1))     # rank 0 may prepare for hours
     if config.perceptual_weight and config.stage in ("all", "generator"):
         losses.load_vgg(config.vgg)               # missing weights are told now, not after hours of training the experts
+    if config.stage == "eval" and not config.weights:
+        config = dataclasses.replace(config, weights=str(out / "weights.pt"))
     run = Run(config)
-    if run.rank == 0:
+    if run.rank == 0 and config.stage != "eval":
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    if run.rank == 0:
         print(f"{len(run.clips)} training clips, {len(run.held_out)} held out; {run.device}, {run.world} processes, seed {config.seed}")
     for name, make in (("sync", sync_task), ("lip", lip_task), ("generator", generator_task)):
         if config.stage in ("all", name):
             if config.stage == "all" and is_done(config, name):
                 print(f"{name}: done already, {out / name}.pt; --stage {name} does it again")
                 continue
+            check_checkpoint(config, name)
             task = make(run)
             if task is None:
                 print(f"{name}: skipped, no clip has a text")
@@ -951,7 +981,7 @@ def main():
                 nets = task.parts["net"], run.audio_encoder, *load_experts(run)
                 lipsync.save_checkpoint(out / "weights.pt", weights_content(run, *nets, half=True))
     if config.stage in ("all", "eval") and run.rank == 0:
-        table = evaluate(run, config.weights if config.stage == "eval" and config.weights else out / "weights.pt")
+        table = evaluate(run, config.weights if config.stage == "eval" else out / "weights.pt")
         (out / "eval.json").write_text(json.dumps(table, indent=1))
         save_panels(out / "amplitude.png", amplitude_panels(table))
         print_table(table)
