@@ -220,6 +220,7 @@ class FaceTracker:
             self.detector = solutions.face_detection.FaceDetection(model_selection=1)
             self.talks = True  # MediaPipe's C++ logs until it has seen its first face
             self.forget()
+            self.detector.process(np.zeros((128, 128, 3), np.uint8))  # wait for it: a graph logs from its own threads as it starts
         return self
 
     def __exit__(self, *_):

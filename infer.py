@@ -41,7 +41,7 @@ CHUNK_BYTES = 64 << 20             # backward play decodes this much at a time, 
 REFERENCE_SECONDS, SYNC_SECONDS = 60, 10  # searched for references, however short the sound; measured by the sync expert
 PRESET = "superfast"               # of x264: a quarter cheaper than veryfast, at the same quality (crf) a larger file
 MASK_TOP, RAMP, FEATHER = CROP_PX // 2, 22, 6.0  # crop px: first row drawn; rows that fade in below it; sigma of the mask's rim
-CHIN_ROOM, CHEEK, OUTLINE_SIGMA = 12, 0.1, 2.0  # the mask's rim: crop px lower at the chin, share narrower, frames of smoothing
+CHIN_ROOM, CHEEK, OUTLINE_SIGMA = 12, 0.4, 2.0  # the mask's rim: crop px lower at the chin, share narrower, frames of smoothing
 TINT_PX, TINT_SIGMA, TINT_TRUST = 32, 6.0, 10.0  # colour match: size and blur of its map, px; step (of 255) still taken for a tint
 
 

@@ -1147,6 +1147,20 @@ def test_a_killed_run_resumes_bit_for_bit(stage, kind, prepared, tmp_path):
         assert all(torch.equal(v, resumed[part][k]) for k, v in whole[part].items()), part
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_run_and_its_loader_stops_it_between_two_steps_and_saves(sent, prepared, tmp_path):
+    words = [sys.executable, HERE / "train.py", "--data", prepared, "--out", tmp_path, *FLAGS, "--workers", 1, "--stage", "sync", "--sync-steps", 5000]
+    process = subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    log = tmp_path / "log.csv"
+    while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > 1):
+        time.sleep(0.05)
+    os.killpg(process.pid, sent)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped; " in printed and "Traceback" not in errors, errors
+    assert 20 <= lipsync.load_checkpoint(tmp_path / "sync.pt", "sync")["step"] < 5000
+
+
 def test_a_preset_sets_defaults_and_a_flag_overrides_them():
     parse = lambda *words: train.parse_flags(train.TrainConfig, "", list(words))
     assert parse() == train.TrainConfig(**train.TRAINING["edge"]) and parse("--preset", "full") == train.TrainConfig(preset="full")

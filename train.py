@@ -141,7 +141,14 @@ class Run:
         """Batches first..last of an endless dataset: batch b of this process holds its own fixed sample numbers."""
         order = [((b * self.world + self.rank) * batch + i) for b in range(first, last) for i in range(batch)]
         return torch.utils.data.DataLoader(dataset, batch, sampler=order, num_workers=self.config.workers, generator=torch.Generator(),
-                                           collate_fn=getattr(dataset, "collate", None), prefetch_factor=4 if self.config.workers else None)
+                                           collate_fn=getattr(dataset, "collate", None), worker_init_fn=ignore_signals,
+                                           prefetch_factor=4 if self.config.workers else None)
+
+
+def ignore_signals(worker):
+    """A signal to the whole group stops a run between two steps (fit), so its loader must outlive it."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
 
 
 def network_config(config):
