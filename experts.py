@@ -22,16 +22,18 @@ import torchvision
 from torch import nn
 from torch.nn import functional as fn
 
+import data
 import lipsync
-from lipsync import FPS, MEL_PER_FRAME, N_MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, check, position_code
+from data import BOS, EOS, PAD, VOCABULARY, decode_tokens
+from lipsync import FPS, MEL_PER_FRAME, N_MELS, SAMPLES_PER_FRAME, BadInput, check, position_code
 from losses import cosine, lip_reading_loss, sync_loss
 
 GROUP = 5                            # S, frames that the sync expert sees at once: 200 ms
+OFFSETS, SURE = 5, 0.05              # frames that a video's own sound may be off; confidence from which it is believed
 MAX_SHIFT = 15                       # frames that a sound is looked for before and after the lips
 VIEW = (8 / 128, 88 / 128, 48 / 256, 208 / 256)  # the mouth with room around it, in a lower half: top, bottom, left, right
 VIEW_PX = {"small": 40, "full": 80}  # height of the view, half its width; a mouth is about 33 or 66 px wide in it
 TEMPERATURE = 0.07                   # of the multi-way loss (CLIP, 2021)
-BOS, EOS, PAD, VOCABULARY = 256, 257, 258, 259  # after the 256 bytes: begin, end, nothing (also CTC's blank); V
 
 
 def mouth_view(pictures, height):
@@ -166,28 +168,6 @@ def jitter_pictures(pictures, strength=1.0):
     return ((moved - mean) * contrast + light + 0.02 * strength * torch.randn_like(pictures)).clamp(0, 1)
 
 
-def add_noise(wave, decibels, rng, exponent=0.0):
-    """Noise `decibels` below the speech, falling with frequency**exponent (0 white, 1 brown). float32 [N] -> [N]"""
-    spectrum = np.fft.rfft(rng.standard_normal(len(wave)))
-    noise = np.fft.irfft(spectrum / np.maximum(np.arange(len(spectrum)), 20) ** exponent, len(wave))
-    level = math.sqrt(np.mean(wave**2) / np.mean(noise**2)) * 10 ** (-decibels / 20)
-    return (wave + level * noise).astype(np.float32)
-
-
-def corrupt_sound(wave, rng):
-    """Another room and microphone: echo, noise 0..20 dB below the speech, gain -12..6 dB. float32 [N] -> float32 [N], -1..1."""
-    wave = np.asarray(wave, np.float32)
-    if rng.random() < 0.5:  # a room answers a clap with decaying noise; the 1 at delay 0 keeps the speech in its place
-        length = int(SAMPLE_RATE * rng.uniform(0.1, 0.4))
-        room = rng.standard_normal(length) * np.exp(-6.9 * np.arange(length) / length)                   # -60 dB at its end
-        room *= rng.uniform(0.1, 0.5) / np.linalg.norm(room)
-        room[0] = 1
-        size = 1 << (len(wave) + length).bit_length()
-        wave = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(room, size), size)[:len(wave)]
-    noisy = add_noise(wave, rng.uniform(0, 20), rng, rng.choice([0, 0.5, 1]))
-    return (noisy * 10 ** (rng.uniform(-12, 6) / 20)).clip(-1, 1)
-
-
 # ---------------------------------------------------------------- the offset of a clip
 def sync_curve(video, audio, valid=None, max_shift=MAX_SHIFT):
     """Mean distance between the lips at frame i and the sound at frame i + shift, for every shift.
@@ -212,6 +192,12 @@ def read_curve(curve):
     """sync_curve's answer -> offset in frames (+ = sound late), distance (the curve's minimum), confidence (its median - minimum)"""
     best = int(curve.nan_to_num(math.inf).argmin())
     return best - len(curve) // 2, float(curve[best]), float(curve.nanmedian() - curve[best])
+
+
+def lateness(curves):
+    """What sync_curve found in the clips of one video -> frames; 0 where the expert is not sure, and for a single frame, its own error."""
+    offset, _, confidence = read_curve(torch.stack(curves).nanmean(0))
+    return offset if abs(offset) > 1 and confidence > SURE else 0
 
 
 def hear(sync, mel, features):
@@ -264,17 +250,6 @@ def sync_accuracy(video, audio, span=1):
 
 
 # ---------------------------------------------------------------- S3(2) the lip reader
-def encode_text(text):
-    """str -> tokens: its UTF-8 bytes, then EOS. Any language, no vocabulary."""
-    return [*text.encode(), EOS]
-
-
-def decode_tokens(tokens):
-    """Tokens up to EOS -> str; bytes that are no UTF-8 become the replacement character."""
-    tokens = [*tokens, EOS]
-    return bytes(token for token in tokens[:tokens.index(EOS)] if token < BOS).decode(errors="replace")
-
-
 def character_error_rate(read, truth):
     """Edits (insert, delete, replace a character) that turn `read` into `truth`, per character of `truth`: 0 is perfect."""
     row = list(range(len(truth) + 1))
@@ -407,6 +382,25 @@ def load_expert(content):
     return net.eval()
 
 
+def load_networks(path=None, device="cpu"):
+    """Everything inside a checkpoint, in eval mode: (content, LipSync, audio encoder, SyncXNet or None, LipReader or None).
+
+    The LipSync has bfloat16 weights where the device is fast at it: autocast would cast them anew for every batch.
+    """
+    content = lipsync.load_checkpoint(path or lipsync.WEIGHTS)
+    try:
+        config = lipsync.Config(**content["config"])
+        net = lipsync.LipSync(config)
+        net.load_state_dict({k: v.float() for k, v in content["model"].items()})
+        audio = lipsync.build_audio_encoder(config, content["audio_encoder"])
+        sync, reader = (load_expert(content.get(name)) for name in ("sync", "lip"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{path or lipsync.WEIGHTS}: its parts do not fit together ({str(error).splitlines()[0]})") from None
+    nets = [m if m is None else m.to(device).eval() for m in (net, audio, sync, reader)]
+    nets[0].to(memory_format=torch.channels_last, dtype=torch.bfloat16 if lipsync.fast_bfloat16(torch.device(device)) else None)
+    return (content, *nets)
+
+
 # ---------------------------------------------------------------- a whole video
 def watch_video(path, height=None):
     """Any video, cropped as training clips are: (pictures uint8 [T, 3, H, 2H], opening float32 [T] inner-lip gap in px of the 256 px
@@ -414,7 +408,6 @@ def watch_video(path, height=None):
 
     height: keep only the mouth view of that height, to save memory. BadInput if unreadable or without a face.
     """
-    import data                                      # not needed by training, which has its clips
     with data.FaceTracker() as tracker:
         landmarks = data.follow_face([tracker.find(frame) for frame in data.read_frames(path)])          # [T, 478, 2]
     found = np.isfinite(landmarks[:, 0, 0])
@@ -446,7 +439,6 @@ def measure_opening(opening, wave, found):
 @torch.no_grad()
 def measure_video(path, sync, reader, audio_encoder, device, beam=4):
     """What `python experts.py` prints, as a dict. An expert that is None leaves its entries out."""
-    import data
     small = all(net is None or net.arch["size"] == "small" for net in (sync, reader))
     wave = torch.from_numpy(data.read_audio(path))
     pictures, opening, found = watch_video(path, VIEW_PX["small"] if small else None)
@@ -467,7 +459,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one JSON object, the curve included")
     args = parser.parse_args()
     device = lipsync.pick_device(args.device)
-    _, _, audio_encoder, sync, reader = lipsync.load_networks(args.weights, device)
+    _, _, audio_encoder, sync, reader = load_networks(args.weights, device)
     if not (sync or reader):
         raise BadInput(f"{args.weights or lipsync.WEIGHTS}: holds neither a sync expert nor a lip reader")
     result = measure_video(args.video, sync, reader, audio_encoder, device)

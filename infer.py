@@ -220,7 +220,7 @@ def blend(frame, picture, affine, mask):
 def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=None, compare=None, device="auto", progress=False):
     """Writes `out`: the person in `video`, or in a still picture, speaks `audio`. -> the report, a dict of plain types.
 
-    weights: a checkpoint; None: the one in weights/; or what lipsync.load_networks returned. amplitude 0.5 .. 2: how wide the mouth
+    weights: a checkpoint; None: the one in weights/; or what experts.load_networks returned. amplitude 0.5 .. 2: how wide the mouth
     opens. face: which one, from 0, left to right; None: the largest. refs_sheet: PNG of the references. compare: MP4, original |
     dubbed, or PNG, eight moments of both. Raises BadInput (a ValueError); then there is no file at `out`."""
     out, compare, refs_sheet = (path and Path(path) for path in (out, compare, refs_sheet))
@@ -236,7 +236,7 @@ def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=No
     if not 0.5 <= amplitude <= 2:
         raise BadInput(f"--amplitude {amplitude}: must lie between 0.5 and 2")
     wave, device = data.read_audio(audio), lipsync.pick_device(device)                       # [N]
-    _, net, audio_encoder, sync, _ = weights if isinstance(weights, tuple) else lipsync.load_networks(weights, device)
+    _, net, audio_encoder, sync, _ = weights if isinstance(weights, tuple) else experts.load_networks(weights, device)
     count, clock, start = max(1, round(len(wave) / SAMPLES_PER_FRAME)), collections.defaultdict(lambda: np.zeros(2)), time.perf_counter()
 
     def listen():
@@ -297,9 +297,10 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)        # a polite kill also cleans up
     with tempfile.TemporaryDirectory() as folder:
         if args.demo:
+            from bench import drawn
             args.video, args.audio, args.out = f"{folder}/speaker.mp4", f"{folder}/sound.mp4", args.out or "demo.mp4"
             for path, who in ((args.video, 1), (args.audio, 2)):
-                data.draw_clip(path, data.Speaker.draw(who), seed=who, seconds=6)
+                drawn.draw_clip(path, drawn.Speaker.draw(who), seed=who, seconds=6)
         if args.audio is None:
             raise BadInput("VIDEO and AUDIO are needed, or --demo")
         out = args.out or f"{Path(args.video).stem}_dubbed.mp4"

@@ -792,26 +792,6 @@ def load_checkpoint(path, kind="lipsync"):
     return content
 
 
-def load_networks(path=None, device="cpu"):
-    """Everything inside a checkpoint, in eval mode: (content, LipSync, audio encoder, SyncXNet or None, LipReader or None).
-
-    The LipSync has bfloat16 weights where the device is fast at it: autocast would cast them anew for every batch.
-    """
-    import experts                                # experts imports this file
-    content = load_checkpoint(path or WEIGHTS)
-    try:
-        config = Config(**content["config"])
-        net = LipSync(config)
-        net.load_state_dict({k: v.float() for k, v in content["model"].items()})
-        audio = build_audio_encoder(config, content["audio_encoder"])
-        sync, reader = (experts.load_expert(content.get(name)) for name in ("sync", "lip"))
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise BadInput(f"{path or WEIGHTS}: its parts do not fit together ({str(error).splitlines()[0]})") from None
-    nets = [m if m is None else m.to(device).eval() for m in (net, audio, sync, reader)]
-    nets[0].to(memory_format=torch.channels_last, dtype=torch.bfloat16 if fast_bfloat16(torch.device(device)) else None)
-    return (content, *nets)
-
-
 # ---------------------------------------------------------------- python lipsync.py
 def example(config, batch=1):
     """Random inputs of the right shapes: (refs, masked, audio)"""

@@ -30,6 +30,7 @@ import infer
 import lipsync
 import losses
 import train
+from bench import drawn, evaluate
 from lipsync import AudioSelector, Config, ImageEncoder, LipSync, ModalityFusion, SPADE, check
 
 HERE = pathlib.Path(__file__).parent
@@ -626,7 +627,7 @@ def test_sync_accuracy_counts_true_pairs_and_sounds_without_a_common_frame_alike
 def test_added_noise_is_as_far_below_the_speech_as_it_says():
     wave = np.sin(np.arange(16000) / 9).astype(np.float32)
     for exponent in (0, 1):
-        noise = experts.add_noise(wave, 10, np.random.default_rng(0), exponent) - wave
+        noise = data.add_noise(wave, 10, np.random.default_rng(0), exponent) - wave
         assert 10 * np.log10(np.mean(wave**2) / np.mean(noise**2)) == pytest.approx(10, abs=0.1)
 
 
@@ -648,8 +649,8 @@ def test_sync_expert_learns_which_feature_belongs_to_which_mouth():
 
 def test_text_survives_encoding_in_any_language():
     for text in ("", "set blue at f two now", "你好，世界 日本語 é"):
-        tokens = experts.encode_text(text)
-        assert tokens[-1] == experts.EOS and experts.decode_tokens(tokens + [experts.PAD] * 3) == text
+        tokens = data.encode_text(text)
+        assert tokens[-1] == data.EOS and data.decode_tokens(tokens + [data.PAD] * 3) == text
 
 
 @pytest.mark.parametrize("read, truth, rate", [("kitten", "sitting", 3 / 7), ("", "abc", 1), ("abc", "abc", 0), ("ab", "", 2)])
@@ -678,22 +679,22 @@ def test_lip_reader_ignores_the_padding_of_short_clips():
 
 def test_gradient_of_the_lip_loss_reaches_every_frame_of_a_frozen_reader():
     net, video = experts.LipReader("small").eval().requires_grad_(False), torch.rand(2, 8, 3, 128, 256, requires_grad=True)
-    losses.lip_reading_loss(net(video, torch.tensor([[65, 66, experts.EOS], [67, experts.EOS, experts.PAD]])), torch.tensor(
-        [[65, 66, experts.EOS], [67, experts.EOS, experts.PAD]]), experts.PAD).backward()
+    losses.lip_reading_loss(net(video, torch.tensor([[65, 66, data.EOS], [67, data.EOS, data.PAD]])), torch.tensor(
+        [[65, 66, data.EOS], [67, data.EOS, data.PAD]]), data.PAD).backward()
     assert (video.grad.abs().sum((2, 3, 4)) > 0).all()
 
 
 def test_lip_reader_learns_two_clips_by_heart_and_reads_them():
     net = experts.LipReader("small").train()
     video, texts = torch.rand(2, 12, 3, 40, 80), ["ab", "né"]
-    tokens = torch.tensor([experts.encode_text(texts[0]) + [experts.PAD], experts.encode_text(texts[1])])
+    tokens = torch.tensor([data.encode_text(texts[0]) + [data.PAD], data.encode_text(texts[1])])
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(40):
         loss = experts.lip_batch_loss(net, video, tokens)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     net.eval()
     assert net.read(video) == texts and net.read(video, beam=3) == texts
-    own, foreign = (losses.lip_reading_loss(net(video, t), t, experts.PAD) for t in (tokens, tokens.flip(0)))
+    own, foreign = (losses.lip_reading_loss(net(video, t), t, data.PAD) for t in (tokens, tokens.flip(0)))
     assert own < foreign
 
 
@@ -710,11 +711,11 @@ def test_corrupted_sound_keeps_its_length_range_and_timing():
     wave = np.zeros(16000, np.float32)
     wave[8000:8400] = np.sin(np.arange(400) / 5) * 0.3
     for _ in range(8):
-        noisy = experts.corrupt_sound(wave, rng)
+        noisy = data.corrupt_sound(wave, rng)
         assert noisy.shape == wave.shape and noisy.dtype == np.float32 and np.abs(noisy).max() <= 1
         delays = [np.dot(noisy[8000 + d:8400 + d], wave[8000:8400]) for d in range(-300, 301)]
         assert abs(int(np.argmax(delays)) - 300) <= 2
-    assert np.isfinite(experts.corrupt_sound(np.zeros(1000, np.float32), rng)).all()
+    assert np.isfinite(data.corrupt_sound(np.zeros(1000, np.float32), rng)).all()
 
 
 def test_jittered_pictures_stay_pictures_and_strength_zero_changes_nothing():
@@ -756,7 +757,7 @@ def test_drawn_speakers_speak_their_text_and_differ(demo):
 
 def test_the_same_seed_draws_the_same_clip(tmp_path):
     for name in ("a", "b"):
-        data.draw_clip(tmp_path / f"{name}.mp4", data.Speaker.draw(4), seed=9, seconds=0.4)
+        drawn.draw_clip(tmp_path / f"{name}.mp4", drawn.Speaker.draw(4), seed=9, seconds=0.4)
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
     frames = [np.stack(list(data.read_frames(tmp_path / f"{name}.mp4"))) for name in ("a", "b")]
     assert np.array_equal(*frames)
@@ -828,7 +829,7 @@ def test_sound_and_frames_stay_aligned_when_the_frame_rate_changes(rate, demo, t
     ffmpeg("-i", source, *rate, "-c:a", "copy", tmp_path / "other.mkv")
     data.prepare(tmp_path, 1)
     clip, opening = data.load_clip(data.list_clips(tmp_path)[0]), truth(source)["opening"]
-    assert abs(train.lag_of(clip.shapes[:, 0], opening[:len(clip)])) == 0
+    assert abs(evaluate.lag_of(clip.shapes[:, 0], opening[:len(clip)])) == 0
     sound = data.read_audio(source)[:len(clip.wave)]
     delays = [np.dot(clip.wave[8000 + d:40000 + d].astype(np.float64), sound[8000:40000]) for d in range(-800, 801, 4)]
     assert abs(int(np.argmax(delays)) * 4 - 800) <= 640                 # one sample window: 40 ms
@@ -1245,17 +1246,17 @@ def test_teeth_that_change_their_look_vary_and_teeth_that_only_move_do_not():
     for t in range(10):
         points[t, data.LIPS_INNER[0]], points[t, data.LIPS_INNER[1:]] = (100 + t, 150), (140 + t, 170)
         pictures[t, 150:160, 100 + t:141 + t] = 200                   # the upper half of the mouth is white
-    still = train.teeth_variation(pictures, points)
+    still = evaluate.teeth_variation(pictures, points)
     pictures[::2] //= 2
-    assert still < 1 < 20 < train.teeth_variation(pictures, points) and train.teeth_variation(pictures[:4], points[:4]) is None
+    assert still < 1 < 20 < evaluate.teeth_variation(pictures, points) and evaluate.teeth_variation(pictures[:4], points[:4]) is None
 
 
 def test_metrics_of_a_picture_against_itself_and_of_a_shifted_series():
     picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
-    assert train.ssim(picture, picture) == pytest.approx(1) and train.ssim(picture, 255 - picture) < 0
+    assert evaluate.ssim(picture, picture) == pytest.approx(1) and evaluate.ssim(picture, 255 - picture) < 0
     series = np.random.default_rng(1).normal(size=100)
-    assert train.correlation(series, 3 * series + 1) == pytest.approx(1) and train.correlation(series, series * 0) == 0
-    assert train.lag_of(np.roll(series, 2), series) == 2 and train.lag_of(np.roll(series, -3), series) == -3
+    assert evaluate.correlation(series, 3 * series + 1) == pytest.approx(1) and evaluate.correlation(series, series * 0) == 0
+    assert evaluate.lag_of(np.roll(series, 2), series) == 2 and evaluate.lag_of(np.roll(series, -3), series) == -3
 
 
 # ---------------------------------------------------------------- dubbing
@@ -1263,7 +1264,7 @@ def test_metrics_of_a_picture_against_itself_and_of_a_shifted_series():
 def dubbing(tmp_path_factory):
     """A folder with clip.mp4 (2 s), long.wav (5 s), short.wav (0.6 s), face.png and random tiny weights."""
     folder = tmp_path_factory.mktemp("corpus")
-    data.draw_clip(folder / "clip.mp4", data.Speaker.draw(1), seed=1, seconds=2)
+    drawn.draw_clip(folder / "clip.mp4", drawn.Speaker.draw(1), seed=1, seconds=2)
     wave = data.read_audio(folder / "clip.mp4")
     soundfile.write(folder / "long.wav", np.tile(wave, 4)[:16000 * 5], 16000)
     soundfile.write(folder / "short.wav", wave[:9600], 16000)
@@ -1278,7 +1279,7 @@ def dubbing(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def networks(dubbing):
-    return lipsync.load_networks(dubbing / "tiny.pt")
+    return experts.load_networks(dubbing / "tiny.pt")
 
 
 def frames_of(path):
@@ -1415,7 +1416,7 @@ def test_ctrl_c_leaves_no_file_and_no_child_process(sent, dubbing, tmp_path):
 
 def test_memory_does_not_grow_with_the_length(dubbing, tmp_path):
     code = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import infer, lipsync, torch; torch.set_num_threads(1)\n"
-            "infer.dub(*sys.argv[2:5], lipsync.load_networks(sys.argv[5]))\n"
+            "infer.dub(*sys.argv[2:5], experts.load_networks(sys.argv[5]))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
     peaks = [int(subprocess.run([sys.executable, "-c", code, str(HERE), dubbing / "clip.mp4", dubbing / sound, tmp_path / "out.mp4", dubbing / "tiny.pt"],
                                 capture_output=True, text=True, timeout=400).stdout) for sound in ("short.wav", "long.wav")]
