@@ -1,28 +1,28 @@
 """Dubbing: a video and a sound -> the same video, its lower face speaking the sound.
 
-    stage            | code                          | patent
-    pass one: watch  | watch, outlines               | S12: landmarks, upright crops; Fig. 7: references
-    listen           | dub                           | S2(1): audio encoder
-    pass two: play   | between, sweep                | not in the patent: forward, backward, forward
-    draw             | draw                          | S12: the crop of each frame; S2(2) .. S2(5), a batch at a time
-    blend            | face_mask, match_colour, blend | not in the patent
+    stage           | code                          | patent
+    pass one: watch | watch, Shot, Person           | S12: landmarks, upright crops; Fig. 7: references
+    hear            | dub                           | S2(1): audio encoder
+    pass two: play  | play                          | not in the patent: forward, backward, forward
+    redraw          | redraw_frames                 | S2(2) .. S2(5), a batch at a time
+    blend           | face_mask, match_colour, blend | not in the patent
 
-Both passes stream: a frame is held only while it is worked on, so memory does not grow with the video. `ahead` runs each
-stage in a thread (ffmpeg decodes and encodes in processes), so that no core waits. Letters as in lipsync.py; K points of an
-outline. Frames are uint8 RGB [H, W, 3], crops and pictures uint8 RGB [256, 256, 3].
+Both passes stream: of a frame pass one keeps its face's points and affine (2 KB), pass two nothing.
+`ahead` runs a stage in a thread, so that no core waits. Letters as in lipsync.py. Frames are uint8
+RGB [H, W, 3], crops and pictures uint8 RGB [256, 256, 3], points float32 [.., K, 3].
 """
 import argparse
 import collections
 import contextlib
 import itertools
-import math
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -36,281 +36,449 @@ import lipsync
 from data import CROP_PX
 from lipsync import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput
 
-BATCH, QUEUE = 8, 12               # frames that go through the network together; that wait between two stages (33 MB of 720p)
-CHUNK_BYTES = 64 << 20             # backward play decodes this much at a time, forwards, and hands it out in reverse
-REFERENCE_SECONDS, SYNC_SECONDS = 60, 10  # searched for references, however short the sound; measured by the sync expert
-PRESET = "superfast"               # of x264: a quarter cheaper than veryfast, at the same quality (crf) a larger file
-MASK_TOP, RAMP, FEATHER = CROP_PX // 2, 22, 6.0  # crop px: first row drawn; rows that fade in below it; sigma of the mask's rim
-CHIN_ROOM, CHEEK, OUTLINE_SIGMA = 12, 0.4, 2.0  # the mask's rim: crop px lower at the chin, share narrower, frames of smoothing
-TINT_PX, TINT_SIGMA, TINT_TRUST = 32, 6.0, 10.0  # colour match: size and blur of its map, px; step (of 255) still taken for a tint
+BATCH, QUEUE = 8, 12  # frames that go through the network together; that wait between two stages
+REFERENCE_SECONDS, SYNC_SECONDS = 60, 10  # searched for references; measured by the sync expert
+SWING = 60 * FPS  # frames at a long video's end between which a longer sound swings,
+SWING_BYTES = 8 << 30  # but no more than these, uncompressed: 14 s of 4K (on disk about half)
+CHUNK_BYTES = 64 << 20  # backward play reads so much at a time
+PRESET = "superfast"  # of x264: a quarter cheaper than veryfast, at the same quality a larger file
+SAME_PERSON = 20.0  # mean difference of two looks, 0..255, up to which they are of one person
+LOOK_PX = 16  # side of the small upper face by which people are told apart
+STEADY = 1.0  # frames: sigma of the smoothing of a face's points over time
+MASK_TOP, RAMP, FEATHER = CROP_PX // 2, 22, 6.0  # crop px: first row drawn; rows that fade in; rim
+CHIN_ROOM, CHEEK = 12, 0.4  # the mask's rim: crop px lower at the chin, share narrower
+TINT_PX, TINT_SIGMA, TINT_TRUST = 32, 6.0, 10.0  # colour match: map's size, blur; step still a tint
 
 
-@contextlib.contextmanager
-def timed(clock, stage, frames=1):
-    """Adds to clock[stage] = [frames, seconds]. Stages overlap, so their seconds add up to more than the wall's."""
-    start = time.perf_counter()
-    yield
-    clock[stage] += (frames, time.perf_counter() - start)
-
-
-def ahead(source, clock=None, stage=None):
-    """The items of the generator `source`, which runs in a thread, at most QUEUE items ahead. Closing this closes that."""
-    def step():
-        start = time.perf_counter()
-        item = next(source, None)
-        if stage and item is not None:
-            clock[stage] += (1, time.perf_counter() - start)
-        return item
+def ahead(source):
+    """The items of the generator `source`, which runs in a thread, at most QUEUE items ahead."""
     pool = ThreadPoolExecutor(1)
     try:
-        coming = collections.deque(pool.submit(step) for _ in range(QUEUE))
+        coming = collections.deque(pool.submit(next, source, None) for _ in range(QUEUE))
         while (item := coming.popleft().result()) is not None:
-            coming.append(pool.submit(step))
+            coming.append(pool.submit(next, source, None))
             yield item
     finally:
         pool.shutdown(cancel_futures=True)
         source.close()
 
 
-# ---- pass one: where the face is, and which frames are the references ------------------------------------------------------
+# ---- pass one: where the faces are, and which frames are the references ----------------------------
+@dataclass
+class Person:
+    """Who is seen in some shots, and the references that all of them share."""
+    look: np.ndarray  # float32 [16, 16, 3], the small upper face
+    frames: list = field(default_factory=list)  # whose lower face is wholly in the picture
+    refs: np.ndarray = None  # uint8 [R, 256, 256, 3], the most closed mouth first
+    points: np.ndarray = None  # float32 [R, K, 3] crop px
+
+
 @dataclass
 class Track:
-    """What pass one keeps: 0.4 KB a frame, and no pictures but the references."""
-    affines: np.ndarray            # float32 [T, 2, 3], frame px -> crop px
-    outlines: np.ndarray           # float32 [T, K, 2], of the lower face, crop px
-    seen: np.ndarray               # bool [T], the lower face is wholly in the picture
-    prints: list                   # [T] checksums, to know a frame again
-    refs: np.ndarray               # uint8 [R, 256, 256, 3], closed mouth to widest
+    """What pass one keeps of T frames."""
+    points: np.ndarray  # float32 [T, K, 3] crop px, NaN where the person is absent
+    affines: np.ndarray  # float32 [T, 2, 3], frame px -> crop px
+    whole: np.ndarray  # bool [T], the lower face is wholly in the picture
+    shots: np.ndarray  # int [T], number of the shot
+    people: list  # of each shot its Person, or None where nobody is dubbed
+    reasons: list  # [T] why a frame is kept as it was, or ""
+
+    def steady_points(self, t):
+        """The points of frame t, averaged over its neighbours in the shot -> float32 [K, 3]"""
+        reach = np.arange(-2, 3)
+        near = np.clip(t + reach, 0, len(self.points) - 1)
+        weight = np.exp(-reach ** 2 / (2 * STEADY ** 2)) * (self.shots[near] == self.shots[t])
+        weight = weight * np.isfinite(self.points[near, 0, 0])
+        seen = np.nan_to_num(self.points[near])
+        return (seen * weight[:, None, None]).sum(0).astype(np.float32) / np.float32(weight.sum())
 
 
-def fingerprint(frame):
-    return zlib.crc32(np.ascontiguousarray(frame[::8]))
+def watch(video, limit, face, count, progress):
+    """Follows one face per shot through the first `limit` frames; chooses `count` references for
+    each person. -> Track
+
+    Shots of the same person share references: a shot belongs to the person whose look (a small
+    picture of the aligned upper face) it resembles most, if nearly enough; else to somebody new."""
+    finished, tracks, looks = [], [], []
+    with (data.FaceTracker() as even, data.FaceTracker() as odd,
+          contextlib.closing(ahead(data.read_frames(video))) as source):
+        frames = tqdm(itertools.islice(source, limit), "watch", unit=" frames",
+                      disable=None if progress else True)
+        for frame, faces, cut in data.track_shots(frames, [even, odd]):  # a tracker for each core
+            if cut:
+                finished.append(finish_shot(tracks, looks, face, frame.shape))
+                tracks, looks = [], []
+            if len(tracks) % FPS == 0 or not looks:
+                looks += [(len(tracks), points, small_face(frame, points)) for points in faces]
+            tracks.append(faces)
+        finished.append(finish_shot(tracks, looks, face, frame.shape))
+    track = join_shots(finished, face)
+    if not track.whole.any():
+        raise BadInput(f"{video}: no face in any of its {len(track.whole)} frames, or never the "
+                       "whole of its lower half")
+    for person in {id(person): person for person in track.people if person}.values():
+        some = np.array(person.frames)
+        chosen = some[data.select_references(track.points[some], count)]
+        pictures = data.frames_at(video, chosen.tolist())
+        person.refs = np.stack([data.crop(pictures[t], track.affines[t]) for t in chosen])
+        person.points = track.points[chosen]
+    return track
 
 
-def watch(video, limit, face, count, clock, progress):
-    """Follows one face through the first `limit` frames and chooses `count` references. -> Track"""
-    tracks, prints = [], []
-    with (data.FaceTracker() as even, data.FaceTracker() as odd, ThreadPoolExecutor(2) as pool,
-          contextlib.closing(ahead(data.read_frames(video), clock, "decode, pass one")) as source):
-        frames = iter(tqdm(itertools.islice(source, limit), "watch", unit=" frames", disable=None if progress else True))
-        while pair := list(itertools.islice(frames, 2)):             # a tracker for each core; each sees every other frame
-            with timed(clock, "landmarks", len(pair)):
-                tracks += pool.map(data.FaceTracker.find, (even, odd), pair)
-            prints += map(fingerprint, pair)
-            height, width = pair[0].shape[:2]
-    points = data.follow_face(tracks, face)                          # [T, 478, 2], NaN where absent
-    del tracks
-    rim = points[:, data.JAW + data.LIPS_OUTER] / np.float32([width, height])                 # [T, K, 2], 0..1
-    seen = ((rim > -0.02) & (rim < 1.02)).all((1, 2))                # False where NaN
-    if not seen.any():
-        raise BadInput(f"{video}: no face in any of its {len(points)} frames, or never the whole of its lower half")
-    affines = data.smooth_affines(points)                            # [T, 2, 3]
-    for t, affine in enumerate(affines):                             # in place: a copy would double the peak
-        points[t] = data.warp(points[t], affine)
-    shown = np.flatnonzero(seen)
-    chosen = shown[data.select_references(data.mouth_shape(points[shown]), data.head_pose(points[shown]), count)].tolist()
-    with ThreadPoolExecutor() as pool:
-        refs = np.stack([*pool.map(lambda i: data.crop(between(video, i, i + 1, prints)[0], affines[i]), chosen)])
-    return Track(affines, outlines(points), seen, prints, refs)
+def small_face(frame, points):
+    """-> float32 [16, 16, 3]: the upper half of the face's crop, small"""
+    upper = data.crop(frame, data.smooth_affines(points[None])[0])[:CROP_PX // 2]
+    return cv2.resize(upper, (LOOK_PX, LOOK_PX), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
-def outlines(points):
-    """Landmarks [T, 478, 2] crop px, NaN where absent -> [T, K, 2]: the lower face, its chin lowered, smooth over time."""
-    jaw, mouth = points[:, data.JAW].copy(), points[:, data.LIPS_OUTER].mean(1, keepdims=True)  # [T, K, 2], [T, 1, 2]
-    below = (jaw - mouth)[..., 1]                                    # [T, K]
-    jaw[..., 1] += CHIN_ROOM * (below / below.max(1, keepdims=True)).clip(0, 1)
-    jaw[..., 0] += CHEEK * (mouth - jaw)[..., 0]
-    return data.smooth(data.fill_gaps(jaw.reshape(len(jaw), -1)), OUTLINE_SIGMA).reshape(jaw.shape).astype(np.float32)
+def finish_shot(tracks, looks, face, shape):
+    """A shot's tracks -> (points [T, K, 3] frame px, whole [T], look or None, number of people).
+
+    The largest face whose lower half is inside the picture; with `face` the one of that number."""
+    people = data.group_people(tracks)
+    if face is None:
+        fit = [person for person in people if np.mean(inside(person, shape)) > 0.5]
+        people_left = sorted(fit or people, key=data.person_size)[-1:]
+    else:
+        people_left = people[face:face + 1]
+    points = np.full((len(tracks), data.K, 3), np.nan, np.float32)
+    whole = np.zeros(len(tracks), bool)
+    for person in people_left:
+        whole[[t for t, _ in person]] = inside(person, shape)
+        for t, there in person:
+            points[t] = there
+    pictures = [picture for t, there, picture in looks if np.array_equal(there, points[t])]
+    look = np.median(pictures, 0) if pictures else None
+    return points, whole, look, len(people)
 
 
-# ---- pass two: the frames again, also backwards ----------------------------------------------------------------------------
-def between(video, low, high, prints):
-    """-> list of frames low .. high-1, exactly those that pass one saw, however badly the file seeks."""
-    for lead in (0.2, 5, math.inf):                                  # seconds decoded before the first frame wanted
-        start, window = max(0, low / FPS - lead), collections.deque(maxlen=high - low)
-        limit = None if start == 0 else high - low + int((lead + 1) * FPS)
-        with contextlib.closing(data.read_frames(video, start=start)) as frames:
-            for frame in itertools.islice(frames, limit):
-                window.append((fingerprint(frame), frame))
-                if window[-1][0] == prints[high - 1] and [seen for seen, _ in window] == prints[low:high]:
-                    return [frame for _, frame in window]
-    raise BadInput(f"{video}: changed while it was being read")
+def inside(person, shape):
+    """person: list of (t, points [K, 3]) -> bool [n]: are the lips in the picture, and the jaw but
+    for a little of it?"""
+    place = np.stack([points[data.MOUTH, :2] for _, points in person])
+    place = place / np.float32([shape[1], shape[0]])  # 0..1
+    room = np.full((len(data.MOUTH), 1), 0.1)  # jaw
+    room[:lipsync.LIP_POINTS] = 0.0
+    return ((place > -room) & (place < 1 + room)).all((1, 2))
 
 
-def sweep(video, prints):
-    """Yields (t, frame) for ever: forward, backward, forward ... through the T frames, never a jump, no end twice."""
-    T = len(prints)
-    for first in itertools.chain([0], itertools.repeat(1)):
-        with contextlib.closing(data.read_frames(video)) as frames:
-            for t, frame in enumerate(itertools.islice(frames, T)):
-                if t >= first:
-                    yield t, frame
-        while T == 1:                                                # a still picture
-            yield t, frame
+def join_shots(finished, face):
+    """The shots of finish_shot, one after the other, and who is in them. -> Track"""
+    people, persons, start = [], [], 0
+    if face is not None and not any(count > face for *_, count in finished):
+        most = max(count for *_, count in finished)
+        raise BadInput(f"--face {face}: there are {most} faces (from 0, left to right)")
+    points, affines, whole, shots, reasons = [], [], [], [], []
+    for number, (landmarks, inner, look, count) in enumerate(finished):
+        T = len(landmarks)
+        found = np.isfinite(landmarks[:, 0, 0])
+        person = None
+        if look is not None and inner.any():
+            apart = [np.abs(someone.look - look).mean() for someone in persons]
+            if apart and min(apart) < SAME_PERSON:
+                person = persons[int(np.argmin(apart))]
+            elif face is None or not persons:
+                persons.append(person := Person(look))
+        if person is not None:
+            person.frames += (start + np.flatnonzero(inner)).tolist()
+            motion = data.smooth_affines(landmarks)
+            affines.append(motion)
+            points.append(data.to_crop(landmarks, motion))
+        else:
+            affines.append(np.zeros((T, 2, 3), np.float32))
+            points.append(np.full_like(landmarks, np.nan))
+        stranger = person is None and inner.any()
+        missing = "another person" if count and face is not None else "no face"
+        reasons += ["another person" if stranger else "" if ok else
+                    "partly outside" if there else missing for ok, there in zip(inner, found)]
+        whole.append(inner & (person is not None))
+        shots.append(np.full(T, number))
+        people.append(person)
+        start += T
+    join = np.concatenate
+    return Track(join(points), join(affines), join(whole), join(shots), people, reasons)
+
+
+# ---- pass two: the frames again, also backwards ----------------------------------------------------
+def play(video, T, count):
+    """Yields (t, frame) `count` times: forward, backward, forward ... through the T frames, never a
+    jump. A long video swings through its last SWING frames only (or SWING_BYTES).
+
+    A file is read forwards only, frames known by their number: seeking and decoding twice are not
+    to be trusted. What swings is read from a lossless copy in a temporary folder."""
+    with contextlib.ExitStack() as stack:
+        copy = None
+        if count > T:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            copy = data.VideoWriter(f"{folder}/copy.mkv", lossless=True)
+        with copy or contextlib.nullcontext():
+            for t, frame in enumerate(hold_last(video, min(T, count))):
+                first = max(0, T - min(SWING, SWING_BYTES // frame.nbytes))
+                if copy and t >= first:
+                    copy.write(frame)
+                yield t, frame
+        swing = itertools.cycle([*range(T - 2, first, -1), *range(first, T)])
+        order = list(itertools.islice(swing, max(0, count - T)))
         chunk = max(1, CHUNK_BYTES // frame.nbytes)
-        for high in range(T - 1, 0, -chunk):                         # T-2 .. 0
-            low = max(0, high - chunk)
-            piece = between(video, low, high, prints)
-            while piece:
-                yield low + len(piece) - 1, piece.pop()
+        for i in range(0, len(order), chunk):
+            wanted = order[i:i + chunk]
+            low, high = min(wanted), max(wanted) + 1
+            pictures = read_copy(copy.path, low - first, high - first, frame.shape)
+            for t in wanted:
+                yield t, pictures[t - low]
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------------
-def to_network(crops, size, device):
-    """uint8 [B, 256, 256, 3] -> float32 [B, 3, size, size], 0..1, channels_last"""
-    crops = [crop if size == CROP_PX else cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA) for crop in crops]
-    return torch.from_numpy(np.stack(crops)).to(device).permute(0, 3, 1, 2).float() / 255
+def hold_last(video, T):
+    """The first T frames of a video; if it now gives fewer, the last one is held."""
+    with contextlib.closing(data.read_frames(video)) as source:
+        t = 0
+        for t, frame in enumerate(itertools.islice(source, T), 1):
+            yield frame
+        if t == 0:
+            raise BadInput(f"{video}: changed while it was being read")
+        for _ in range(T - t):
+            yield frame
 
 
-def draw(frames, count, track, net, features, amplitude, clock):
-    """(t, frame) in playing order, features [1, L, D] -> `count` of (t, frame, crop, its new picture); None where no face is seen."""
-    size, select, device = net.config.image_size, lipsync.AudioSelector(net.config), features.device
-    refs = to_network(track.refs, size, device)[None]                # [1, R, 3, H, W]
-    for start in range(0, count, BATCH):
-        group = list(itertools.islice(frames, min(BATCH, count - start)))
-        with timed(clock, "crop", len(group)):
-            crops = {i: data.crop(frame, track.affines[t]) for i, (t, frame) in enumerate(group) if track.seen[t]}
-        pictures, B = {}, len(crops)
-        if crops:
-            with timed(clock, "network", B), torch.inference_mode():
-                masked = to_network(crops.values(), size, device)                            # [B, 3, H, W]
-                masked[:, :, size // 2:] = 0
-                audio = select(features, start + torch.tensor([list(crops)]))[0]             # [B, F, D]; the sound runs on while t swings back
-                drawn = net(refs.expand(B, -1, -1, -1, -1), masked, audio, amplitude)        # [B, 3, H, W]
-                drawn = (drawn.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-            pictures = {i: cv2.resize(picture, (CROP_PX, CROP_PX), interpolation=cv2.INTER_CUBIC) for i, picture in zip(crops, drawn)}
-        for i, (t, frame) in enumerate(group):
-            yield t, frame, crops.get(i), pictures.get(i)
+def read_copy(path, low, high, shape):
+    """Frames low .. high-1 of our own lossless copy -> uint8 [n, H, W, 3]"""
+    H, W = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2  # VideoWriter makes sides even
+    command = [data.ffmpeg_exe(), "-v", "error", "-nostdin", "-ss", str(max(0, low - 0.5) / FPS),
+               "-i", f"file:{path}", "-frames:v", str(high - low), "-f", "rawvideo",
+               "-pix_fmt", "rgb24", "pipe:1"]
+    content = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    return np.frombuffer(content, np.uint8).reshape(-1, H, W, 3)[:, :shape[0], :shape[1]]
 
 
-# ---- blend -----------------------------------------------------------------------------------------------------------------
+# ---- the network -----------------------------------------------------------------------------------
+def redraw_frames(frames, track, net, features, amplitude):
+    """(t, frame) in playing order, features [1, L, D] -> (t, frame, crop, its new picture); the last
+    two None where nobody is dubbed."""
+    select = lipsync.AudioSelector(net.config)
+    numbered = enumerate(frames)
+    while batch := list(itertools.islice(numbered, BATCH)):
+        redrawn = {}
+        for number, group in itertools.groupby(batch, lambda item: track.shots[item[1][0]]):
+            person = track.people[number]
+            group = [(i, t, frame) for i, (t, frame) in group if track.whole[t]]
+            if not group:
+                continue
+            crops = np.stack([data.crop(frame, track.affines[t]) for _, t, frame in group])
+            faces = np.stack([track.steady_points(t) for _, t, _ in group])  # [B, K, 3]
+            points = data.place_points(person.points, faces)  # [B, R, 2, K, 2]
+            audio = select(features, torch.tensor([[i for i, _, _ in group]]))[0]  # [B, F, D]
+            pictures = lipsync.redraw(net, person.refs, crops, points, audio, amplitude)
+            redrawn |= {i: pair for (i, _, _), pair in zip(group, zip(crops, pictures))}
+        for i, (t, frame) in batch:
+            yield t, frame, *redrawn.get(i, (None, None))
+
+
+# ---- blend -----------------------------------------------------------------------------------------
+def face_outline(points):
+    """Points [K, 3] crop px -> the lower face's rim [21, 2], its chin lowered, its cheeks narrower"""
+    jaw, mouth = points[data.JAW, :2].copy(), points[data.LIPS_OUTER, :2].mean(0)
+    below = jaw[:, 1] - mouth[1]
+    jaw[:, 1] += CHIN_ROOM * (below / below.max()).clip(0, 1)
+    jaw[:, 0] += CHEEK * (mouth[0] - jaw[:, 0])
+    return jaw
+
+
 def face_mask(outline):
-    """Outline [K, 2] crop px -> uint8 [256, 256]: 255 on the lower face, soft at the rim, 0 above MASK_TOP."""
-    mask = np.zeros((CROP_PX // 2, CROP_PX // 2), np.uint8)          # half size: it is soft anyway
+    """Outline [n, 2] crop px -> uint8 [256, 256]: 255 on the lower face, soft at the rim, 0 above
+    MASK_TOP."""
+    mask = np.zeros((CROP_PX // 2, CROP_PX // 2), np.uint8)  # half size: it is soft anyway
     cv2.fillConvexPoly(mask, cv2.convexHull(np.round(outline / 2).astype(np.int32)), 255)
     mask = cv2.resize(cv2.GaussianBlur(mask, (0, 0), FEATHER / 2), (CROP_PX, CROP_PX))
-    ramp = ((np.arange(CROP_PX) - MASK_TOP) / RAMP).clip(0, 1).astype(np.float32)            # [256]
+    ramp = ((np.arange(CROP_PX) - MASK_TOP) / RAMP).clip(0, 1).astype(np.float32)
     return cv2.multiply(mask, np.repeat(ramp[:, None], CROP_PX, 1), dtype=cv2.CV_8U)
 
 
 def match_colour(crop, picture, mask):
-    """The picture in the crop's colours: their step along the mask's rim, spread smoothly inwards, is added."""
-    old, new, share = (cv2.resize(x, (TINT_PX, TINT_PX), interpolation=cv2.INTER_AREA).astype(np.float32) for x in (crop, picture, mask))
-    step, rim = old - new, (share * (255 - share) / 255 ** 2)[..., None]                     # [32, 32, 3], [32, 32, 1]
-    rim = rim * np.exp(-(step / TINT_TRUST) ** 2).min(2, keepdims=True)                      # a large step is no tint: things moved
+    """The picture in the crop's colours: what they differ by at the mask's rim is spread inwards."""
+    old, new, share = [cv2.resize(x, (TINT_PX, TINT_PX), interpolation=cv2.INTER_AREA)
+                       .astype(np.float32) for x in (crop, picture, mask)]
+    step = old - new
+    rim = (share * (255 - share) / 255 ** 2)[..., None]
+    rim = rim * np.exp(-(step / TINT_TRUST) ** 2).min(2, keepdims=True)  # large: things moved
     both = cv2.GaussianBlur(np.concatenate([step * rim, rim], 2), (0, 0), TINT_SIGMA)
-    tint = cv2.resize(both[..., :3] / (both[..., 3:] + 1e-3), (CROP_PX, CROP_PX))            # [256, 256, 3]
-    return cv2.add(picture, tint, dtype=cv2.CV_8U)                   # rounds, and stays within 0..255
+    tint = cv2.resize(both[..., :3] / (both[..., 3:] + 1e-3), (CROP_PX, CROP_PX))
+    return cv2.add(picture, tint, dtype=cv2.CV_8U)  # rounds, and stays within 0..255
 
 
 def blend(frame, picture, affine, mask):
-    """A crop-sized picture put back where mask > 0 -> a new frame, bit-equal to the old one elsewhere."""
+    """A crop-sized picture put back where mask > 0 -> a new frame, bit-equal to the old elsewhere."""
     back, (x, y, w, h) = cv2.invertAffineTransform(affine), cv2.boundingRect(mask)
-    corners = data.warp(np.float32([[x, y], [x + w, y], [x, y + h], [x + w, y + h]]), back)  # [4, 2] frame px
-    (x0, y0), (x1, y1) = np.clip([corners.min(0) - 1, corners.max(0) + 2], 0, frame.shape[1::-1]).astype(int).tolist()
+    corners = np.float32([[x, y], [x + w, y], [x, y + h], [x + w, y + h]])
+    corners = corners @ back[:, :2].T + back[:, 2]  # frame px
+    box = np.clip([corners.min(0) - 1, corners.max(0) + 2], 0, frame.shape[1::-1])
+    (x0, y0), (x1, y1) = box.astype(int).tolist()
     back[:, 2] -= (x0, y0)
     size, result = (x1 - x0, y1 - y0), frame.copy()
-    patch = cv2.warpAffine(picture, back, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    share = cv2.warpAffine(mask, back, size).astype(np.float32) / 255                        # [h, w], 0..1
+    patch = cv2.warpAffine(picture, back, size, borderMode=cv2.BORDER_REPLICATE)
+    share = cv2.warpAffine(mask, back, size).astype(np.float32) / 255
     result[y0:y1, x0:x1] = cv2.blendLinear(patch, frame[y0:y1, x0:x1], share, 1 - share)
     return result
 
 
-# ---- all of it -------------------------------------------------------------------------------------------------------------
-def dub(video, audio, out, weights=None, amplitude=1.0, face=None, refs_sheet=None, compare=None, device="auto", progress=False):
-    """Writes `out`: the person in `video`, or in a still picture, speaks `audio`. -> the report, a dict of plain types.
-
-    weights: a checkpoint; None: the one in weights/; or what experts.load_networks returned. amplitude 0.5 .. 2: how wide the mouth
-    opens. face: which one, from 0, left to right; None: the largest. refs_sheet: PNG of the references. compare: MP4, original |
-    dubbed, or PNG, eight moments of both. Raises BadInput (a ValueError); then there is no file at `out`."""
-    out, compare, refs_sheet = (path and Path(path) for path in (out, compare, refs_sheet))
-    for flag, path, suffixes in (("--out", out, ".mp4 .mov .mkv"), ("--compare", compare, ".png .mp4"), ("--refs-sheet", refs_sheet, ".png")):
-        if path and (path.suffix.lower() not in suffixes.split() or path.is_dir()):
+# ---- all of it -------------------------------------------------------------------------------------
+def check_outputs(out, compare, refs_sheet, inputs):
+    """BadInput if one of the output files cannot be written, or is an input or another output."""
+    kinds = (("--out", out, ".mp4 .mov .mkv"), ("--compare", compare, ".png .mp4"),
+             ("--refs-sheet", refs_sheet, ".png"))
+    for flag, path, suffixes in kinds:
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes.split() or path.is_dir():
             raise BadInput(f"{flag} {path}: must be a file that ends in {suffixes}")
-        if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        folder = Path(os.path.realpath(path)).parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise BadInput(f"{flag} {path}: its folder does not exist, or is read-only")
-        if path and any(path.exists() and os.path.exists(source) and path.samefile(source) for source in (video, audio)):
+        if any(path.exists() and os.path.exists(one) and path.samefile(one) for one in inputs):
             raise BadInput(f"{flag} {path}: is one of the inputs")
     if compare and compare.resolve() in (out.resolve(), refs_sheet and refs_sheet.resolve()):
         raise BadInput(f"--compare {compare}: is another output, too")
+
+
+def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=None, compare=None,
+        device="auto", progress=False):
+    """Writes `out`: the person in `video`, or in a still picture, speaks `audio`. -> report, a dict
+
+    networks: experts.Networks, the path of a checkpoint, or None: the one in weights/. amplitude
+    0.5 .. 2: how wide the mouth opens. face: which one, from 0, left to right; None: the largest.
+    refs_sheet: PNG of the references as chosen and as brought to one frame's head pose. compare: MP4, original |
+    dubbed, or PNG, eight moments of both. Raises BadInput (a ValueError); then there is no file at `out`."""
+    out, compare, refs_sheet = [path and Path(path) for path in (out, compare, refs_sheet)]
+    check_outputs(out, compare, refs_sheet, (video, audio))
     if not 0.5 <= amplitude <= 2:
         raise BadInput(f"--amplitude {amplitude}: must lie between 0.5 and 2")
-    wave, device = data.read_audio(audio), lipsync.pick_device(device)                       # [N]
-    _, net, audio_encoder, sync, _ = weights if isinstance(weights, tuple) else experts.load_networks(weights, device)
-    count, clock, start = max(1, round(len(wave) / SAMPLES_PER_FRAME)), collections.defaultdict(lambda: np.zeros(2)), time.perf_counter()
-
-    def listen():
-        with timed(clock, "listen", count), torch.inference_mode():
-            return audio_encoder(torch.from_numpy(wave)[None].to(device))                         # [1, L, D]
-    with ThreadPoolExecutor(1) as pool:
-        heard = pool.submit(listen)
-        track = watch(video, max(count, REFERENCE_SECONDS * FPS), face, net.config.refs, clock, progress)
-        features = heard.result()
-    first_frame_s, strip, lips, changed, moments = None, [], [], [], {int((i + 0.5) * count / 8) for i in range(8)}
+    start = time.perf_counter()
+    sound, device = data.read_audio(audio), lipsync.pick_device(device)  # [N]
+    if not sound.any():
+        print(f"{audio}: digital silence, the mouth rests", file=sys.stderr)
+    wave = lipsync.level_sound(sound)
+    if not isinstance(networks, experts.Networks):
+        networks = experts.load_networks(networks, device)
+    net, count = networks.net, max(1, round(len(wave) / SAMPLES_PER_FRAME))
+    with ThreadPoolExecutor(1) as pool, torch.inference_mode():
+        hearing = pool.submit(torch.inference_mode()(networks.audio_encoder), wave[None].to(device))
+        track = watch(video, max(count, REFERENCE_SECONDS * FPS), face, net.config.refs, progress)
+        features = hearing.result()  # [1, L, D]
+    lips, changed, strip, first_frame_s, kept = [], [], [], None, {}
+    moments = {int((i + 0.5) * count / 8) for i in range(8)}
+    writer = dict(sound=audio, seconds=count / FPS, preset=PRESET)
     with contextlib.ExitStack() as stack:
-        side = stack.enter_context(data.VideoWriter(compare, wave, preset=PRESET)) if compare and compare.suffix.lower() == ".mp4" else None
-        writer = stack.enter_context(data.VideoWriter(out, wave, preset=PRESET))
-        frames = stack.enter_context(contextlib.closing(ahead(sweep(video, track.prints), clock, "decode, pass two")))
-        drawn = stack.enter_context(contextlib.closing(ahead(draw(frames, count, track, net, features, amplitude, clock))))
-        for i, (t, frame, crop, picture) in enumerate(tqdm(drawn, "dub", count, unit=" frames", disable=None if progress else True)):
-            first_frame_s, dubbed = first_frame_s or time.perf_counter() - start, frame
+        movie = compare and compare.suffix.lower() == ".mp4"
+        side = stack.enter_context(data.VideoWriter(compare, **writer)) if movie else None
+        target = stack.enter_context(data.VideoWriter(out, **writer))
+        frames = stack.enter_context(contextlib.closing(
+            ahead(play(video, len(track.whole), count))))
+        drawn = stack.enter_context(contextlib.closing(
+            ahead(redraw_frames(frames, track, net, features, amplitude))))
+        bar = tqdm(drawn, "dub", count, unit=" frames", disable=None if progress else True)
+        for i, (t, frame, crop, picture) in enumerate(bar):
+            first_frame_s = first_frame_s or time.perf_counter() - start
+            dubbed = frame
             if picture is not None:
-                with timed(clock, "blend"):
-                    mask = face_mask(track.outlines[t])
-                    dubbed = blend(frame, match_colour(crop, picture, mask), track.affines[t], mask)
-            with timed(clock, "encode"):
-                writer.write(dubbed)
+                mask = face_mask(face_outline(track.steady_points(t)))
+                picture = match_colour(crop, picture, mask)
+                dubbed = blend(frame, picture, track.affines[t], mask)
+            else:
+                kept.setdefault(track.reasons[t], []).append(i / FPS)
+            target.write(dubbed)
             changed.append(picture is not None)
-            if sync is not None and i < SYNC_SECONDS * FPS:
-                lips.append(data.crop(dubbed, track.affines[t])[CROP_PX // 2:])
+            if networks.sync is not None and i < SYNC_SECONDS * FPS:
+                lips.append(data.crop(dubbed, track.affines[t])[CROP_PX // 2:]
+                            if picture is not None else np.zeros((CROP_PX // 2, CROP_PX, 3), np.uint8))
             if side:
                 side.write(np.concatenate([frame, dubbed], 1))
-            elif compare and i in moments:
-                strip.append(np.concatenate([data.crop(x, track.affines[t]) for x in (frame, dubbed)]))
+            elif compare and i in moments and picture is not None:
+                strip.append(np.concatenate([crop, data.crop(dubbed, track.affines[t])]))
     seconds = time.perf_counter() - start
-    stages = {stage: {"frames": int(n), "seconds": float(s), "fps": float(n / max(s, 1e-9))} for stage, (n, s) in clock.items()}
-    report = dict(out=str(out), frames=count, kept=changed.count(False), seconds=seconds, fps=count / seconds, first_frame_s=first_frame_s,
-                  stages=stages)
-    if sync is not None:
-        with contextlib.suppress(BadInput):                          # too few frames to measure
-            sound = experts.hear(sync, lipsync.log_mel(wave[:SYNC_SECONDS * SAMPLE_RATE]), features[0])
-            report |= experts.measure_offset(sync, np.stack(lips).transpose(0, 3, 1, 2), sound, changed)
-    for path, pictures in ((refs_sheet, list(track.refs)), (compare, strip)):
-        if path and pictures:
-            path.write_bytes(cv2.imencode(".png", np.concatenate(pictures, 1)[..., ::-1])[1])
+    report = dict(out=str(out), frames=count, seconds=seconds, fps=count / seconds,
+                  first_frame_s=first_frame_s, kept=sum(map(len, kept.values())),
+                  reasons={reason: (len(times), times[0]) for reason, times in kept.items()})
+    if networks.sync is not None:
+        with contextlib.suppress(BadInput):  # too few frames to measure
+            mel = lipsync.log_mel(wave[:SYNC_SECONDS * SAMPLE_RATE])
+            heard = experts.sync_sound(networks.sync, mel, features[0])
+            mouths = np.stack(lips).transpose(0, 3, 1, 2)
+            report |= experts.measure_offset(networks.sync, mouths, heard, changed)
+    if refs_sheet:
+        save_png(refs_sheet, reference_sheet(track, net))
+    if strip:
+        save_png(compare, np.concatenate(strip, 1))
     return report
+
+
+def reference_sheet(track, net):
+    """Each person's references as chosen, and below with the head pose of one frame (mouth as it
+    was) -> uint8 [rows, R * 256, 3]"""
+    rows = []
+    for person in {id(person): person for person in track.people if person}.values():
+        middle = person.frames[len(person.frames) // 2]
+        points = data.place_points(person.points, track.steady_points(middle)[None])  # [1, R, 2, K, 2]
+        refs = torch.from_numpy(person.refs).permute(0, 3, 1, 2)[None] / 255
+        source, posed = torch.from_numpy(points).unbind(2)
+        moved = net.warp(refs, source, posed)[0]  # [R, 3, 256, 256]
+        moved = (moved * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        rows += [np.concatenate(list(person.refs), 1), np.concatenate(list(moved), 1)]
+    return np.concatenate(rows)
+
+
+def save_png(path, picture):
+    """Through a link, and whole or not at all."""
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f".{os.getpid()}.png")
+    part.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1])
+    os.replace(part, path)
+
+
+def default_name(video):
+    """VIDEO's name + _dubbed.mp4, short enough for a file system (255 bytes)"""
+    stem = os.fsencode(Path(video).stem)[:200]
+    return os.fsdecode(stem.decode(errors="ignore").encode() or stem) + "_dubbed.mp4"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("video", nargs="?", help="a video or a still picture; the face in it is dubbed")
+    parser.add_argument("video", nargs="?", help="a video or a still picture; its face is dubbed")
     parser.add_argument("audio", nargs="?", help="a sound file, or a video whose sound is taken")
-    parser.add_argument("--out", help="the dubbed video (default: VIDEO's name + _dubbed.mp4, in this folder; demo.mp4)")
+    parser.add_argument("--out", help="the dubbed video (default: VIDEO's name + _dubbed.mp4, in "
+                        "this folder; demo.mp4)")
     parser.add_argument("--weights", help="a checkpoint (default: weights/edge.pt)")
-    parser.add_argument("--amplitude", type=float, default=1.0, help="how wide the mouth opens, 0.5 .. 2 (default: 1, as spoken)")
-    parser.add_argument("--face", type=int, help="which face, from 0, left to right (default: the largest)")
-    parser.add_argument("--refs-sheet", metavar="PNG", help="write the chosen reference frames")
+    parser.add_argument("--amplitude", type=float, default=1.0,
+                        help="how wide the mouth opens, 0.5 .. 2 (default: 1, as spoken)")
+    parser.add_argument("--face", type=int,
+                        help="which face, from 0, left to right (default: the largest)")
+    parser.add_argument("--refs-sheet", metavar="PNG", help="write the references, below them as "
+                        "brought to one frame's head pose")
     parser.add_argument("--compare", metavar="PNG|MP4", help="write original and dubbed side by side")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--demo", action="store_true", help="draw a speaker, take another speaker's sound, and dub")
+    parser.add_argument("--demo", action="store_true",
+                        help="draw a speaker, take another speaker's sound, and dub")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)        # a polite kill also cleans up
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill also cleans up
     with tempfile.TemporaryDirectory() as folder:
         if args.demo:
-            from bench import drawn
-            args.video, args.audio, args.out = f"{folder}/speaker.mp4", f"{folder}/sound.mp4", args.out or "demo.mp4"
+            from bench import drawn  # what is drawn is not in the patent: a room of its own
+            args.video, args.audio = f"{folder}/speaker.mp4", f"{folder}/sound.mp4"
+            args.out = args.out or "demo.mp4"
             for path, who in ((args.video, 1), (args.audio, 2)):
                 drawn.draw_clip(path, drawn.Speaker.draw(who), seed=who, seconds=6)
         if args.audio is None:
             raise BadInput("VIDEO and AUDIO are needed, or --demo")
-        out = args.out or f"{Path(args.video).stem}_dubbed.mp4"
-        report = dub(args.video, args.audio, out, args.weights, args.amplitude, args.face, args.refs_sheet, args.compare, args.device, True)
-    for stage, row in (*report["stages"].items(), ("all, overlapping", report)):
-        print(f"{stage:18}{row['frames']:7} frames {row['seconds']:8.2f} s {row['fps']:8.1f} frames/s")
-    print(f"first frame after {report['first_frame_s']:.1f} s")
-    print(f"{report['kept']} of {report['frames']} frames kept as they were: no face, or partly outside")
+        if args.face is not None and args.face < 0:
+            raise BadInput(f"--face {args.face}: must be 0 or more")
+        report = dub(args.video, args.audio, args.out or default_name(args.video), args.weights,
+                     args.amplitude, args.face, args.refs_sheet, args.compare, args.device, True)
+    print(f"{report['frames']} frames in {report['seconds']:.1f} s: {report['fps']:.1f} frames/s, "
+          f"the first after {report['first_frame_s']:.1f} s")
+    for reason, (frames, first_s) in report["reasons"].items():
+        print(f"{frames} frames kept as they were, {reason}; first at "
+              f"{int(first_s // 60)}:{first_s % 60:05.2f}")
     if "offset" in report:
-        print(f"sync expert: offset {report['offset']:+d} frames, confidence {report['confidence']:.2f}")
+        print(f"sync expert: offset {report['offset']:+d} frames, "
+              f"confidence {report['confidence']:.2f}")
     print(f"written: {report['out']}")
 
 

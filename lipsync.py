@@ -6,13 +6,14 @@
     image    | ImageEncoder                        | S2(2)           | 1
     selector | AudioSelector                       | S2(3)           | 1
     fusion   | ModalityFusion, attention           | S2(4) a..g      | 2
-    decoder  | ImageDecoder, SPADEResnetBlock, SPADE, ReferenceCopy | S2(5) | 4, 5, 6
+    lips     | LipHead, ReferenceWarp              | -               | -
+    decoder  | ImageDecoder, SPADEResnetBlock, SPADE, ReferenceMix | S2(5) | 4, 5, 6
     all      | LipSync                             | S2              | 1
 
 Axes, here and in the other files, whose heads name the few that they add:
     B batch, S frames of a group, R reference pictures, C channels, H W pixels, h w feature map,
     L audio features of a clip (25 a second), N sound samples, F selected audio features, D audio width,
-    T video frames, Q tokens that look, K tokens looked at, G channels of one head, M channels of SPADE's map.
+    T video frames, K points of a face, P those of lips and jaw, Q tokens that look, K tokens looked at, G channels of one head, M channels of SPADE's map.
 Pictures are RGB, float, 0..1. `python lipsync.py` prints the trace of one batch through everything below.
 """
 import argparse
@@ -27,6 +28,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as fn
@@ -36,10 +38,14 @@ SAMPLE_RATE = 16_000                              # Hz, S11
 FPS = 25                                          # video frames a second, S11; audio features come at the same rate
 HOP = 160                                         # samples between two mel columns: 10 ms, as whisper has it
 N_MELS = 80                                       # mel bands
+LOUD = 0.1                                        # root mean square of loud frames, full scale 1
+MEL_FLOOR = -7.0                                  # log10 of power: 80 dB below the loudest of speech at LOUD
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS            # 640
 MEL_PER_FRAME = SAMPLES_PER_FRAME // HOP          # 4
 WINDOW_SECONDS, OVERLAP_SECONDS = 30, 10          # longest piece an encoder sees at once; shared with its neighbour
-VERSION = 1                                       # of the checkpoint file
+VERSION = 2                                       # of the checkpoint file
+LIP_POINTS, MOUTH_POINTS = 40, 61                 # of a face's K points the first: lips; P, lips and jaw
+MOUTH_CORNERS = (0, 10)                           # their places among the K points
 WEIGHTS = pathlib.Path(__file__).parent / "weights" / "edge.pt"  # what the commands use when the user names none
 
 
@@ -49,7 +55,8 @@ class Config:
     """Everything that decides the network's shape. It is saved with the weights, and the weights rebuild it.
 
     `channels` are the widths of the image encoder's stages from the finest to the coarsest (rounded up to a
-    multiple of R+1); with `fold` = 2 the pictures are pixel_unshuffled first, so the finest map is at half size.
+    multiple of R+1); with `fold` = 2 or 4 the pictures are pixel_unshuffled first, so the finest map
+    is at half or a quarter of their size.
     """
     image_size: int = 256            # H = W, px
     refs: int = 3                    # R
@@ -59,34 +66,46 @@ class Config:
     spacing: int = 1                 # of the selected features, in frames
     decoder: str = "spade"           # or "conv"
     channels: tuple = (32, 64, 128, 256, 384, 512)
-    fold: int = 1                    # 1, or 2 for small machines
+    fold: int = 1                    # 1; 2 or 4 for small machines
     heads: int = 8                   # of each attention
     spade_hidden: int = 64           # width of the maps inside SPADE
     bidirectional: bool = True       # False: image tokens only receive, one-way, for the ablation
     mask_upper: bool = True          # S2(4)g's -inf over the upper half
-    copy: bool = True                # ReferenceCopy; False: the patent's plain Sigmoid
+    warp: bool = True                # references follow head and lips; False: the patent's plain network
+    lip_width: int = 256             # hidden width of LipHead
+    dropout: float = 0.2             # inside LipHead and before it, while training
     checkpointing: bool = False      # recompute activations in the backward pass: less memory, a third more time
 
     def __post_init__(self):
+        stages = 6 - int(math.log2(self.fold)) if self.fold in (1, 2, 4) else 0
         for good, rule in (
-                (self.image_size % 32 == 0 and self.image_size > 0, "image_size must be a multiple of 32"),
-                (1 <= self.refs <= 8, "refs must be 1..8"),
-                (self.window % 2 == 1 and self.window > 0, "window must be odd"),
-                (self.spacing >= 1, "spacing must be at least 1"),
-                (self.decoder in ("spade", "conv"), "decoder must be spade or conv"),
-                (self.fold in (1, 2), "fold must be 1 or 2"),
-                (len(self.channels) == 7 - self.fold, f"fold {self.fold} needs {7 - self.fold} channels")):
+                (self.image_size > 0 and self.image_size % 32 == 0, "image_size: a multiple of 32"),
+                (1 <= self.refs <= 8, "refs: 1..8"),
+                (self.window > 0 and self.window % 2 == 1, "window: odd"),
+                (self.spacing >= 1, "spacing: at least 1"),
+                (self.decoder in ("spade", "conv"), "decoder: spade or conv"),
+                (self.fold in (1, 2, 4), "fold: 1, 2 or 4"),
+                (len(self.channels) == stages, f"channels: {stages} of them, one a stage"),
+                (min((*self.channels, self.audio_dim, self.heads, self.lip_width)) > 0,
+                 "channels, audio_dim, heads, lip_width: positive")):
             if not good:
                 raise ValueError(f"Config: {rule}, got {self}")
         groups = self.refs + 1
-        object.__setattr__(self, "channels", tuple(-(-c // groups) * groups for c in self.channels))
+        last = math.lcm(groups, self.heads, 2)    # of its width: groups, heads, sine and cosine
+        widths = [round_up(width, groups) for width in self.channels[:-1]]
+        object.__setattr__(self, "channels", (*widths, round_up(self.channels[-1], last)))
+
+
+def round_up(number, step):
+    """The least multiple of `step` that is not below `number`"""
+    return -(-number // step) * step
 
 
 PRESETS = {
     "full": Config(channels=(32, 64, 128, 256, 512, 512), spade_hidden=64),
-    "edge": Config(decoder="conv", fold=2, channels=(24, 48, 96, 192, 256), heads=4),
+    "edge": Config(decoder="conv", fold=4, channels=(32, 64, 128, 192), heads=4),
     "tiny": Config(image_size=128, decoder="conv", fold=2, channels=(16, 32, 48, 96, 128), heads=4,
-                   audio_encoder="scratch", audio_dim=96),
+                   audio_encoder="scratch", audio_dim=96, lip_width=128),
 }
 
 
@@ -96,9 +115,20 @@ class BadInput(ValueError):
 
 
 def cli(main):
-    """Run `main()`; bad input becomes one line on stderr and exit 2, Ctrl-C exit 130."""
+    """Run `main()`; bad input becomes one line on stderr and exit 2, Ctrl-C exit 130.
+
+    Names that a terminal cannot print are escaped; a closed stdout or stderr stops nothing."""
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:      # closed streams: fill 0, 1 and 2
+        pass
+    os.close(null)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                       # `| head`: what was to be written to files is
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (BadInput, FileNotFoundError, PermissionError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         print("error: " + " ".join(text.split()), file=sys.stderr)
@@ -150,17 +180,39 @@ def check(x, axes, name, low=None, high=None, **sizes):
 
 
 # ---------------------------------------------------------------- S2(1) audio encoders
+def level_sound(wave):
+    """A whole sound brought to one loudness, so that a soft voice moves the lips like a loud one.
+
+    Shapes: wave [N] 16 kHz, float numpy array or tensor -> float32 tensor [N], -1..1.
+    Choice: loud frames (the 95th percentile of the 40 ms frames' root mean square, those below
+        -70 dB left out) come to LOUD; a click is too short to count. Gain at most 40 dB, so that
+        the noise of a silent room stays soft.
+    """
+    wave = torch.as_tensor(wave, dtype=torch.float32)
+    frames = wave[:len(wave) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME].unflatten(0, (-1, SAMPLES_PER_FRAME))
+    level = frames.square().mean(1).sqrt()        # [L]
+    heard = level[level > 10 ** (-70 / 20)]
+    if len(heard) == 0:
+        return wave.clamp(-1, 1)
+    gain = LOUD / heard.quantile(0.95)
+    return (wave * gain.clamp(max=100)).clamp(-1, 1)
+
+
 def log_mel(wave):
     """Whisper's log-mel spectrogram of one sound.
 
     Shapes: wave [N] 16 kHz, -1..1 -> [80, 4L] float32, L = round(N / 640).
-    Choice: openai-whisper's whisper.log_mel_spectrogram (25 ms window, 10 ms hop, 80 bands, last 80 dB) for all encoders.
+    Choice: 25 ms window, 10 ms hop and 80 bands as openai-whisper has them; but its floor, 80 dB
+        below the loudest moment, is here a constant, so that a click far away changes nothing.
     """
-    import whisper
+    from whisper.audio import N_FFT, mel_filters
     wave = torch.as_tensor(wave, dtype=torch.float32)
     length = max(1, round(wave.shape[-1] / SAMPLES_PER_FRAME)) * SAMPLES_PER_FRAME
     wave = fn.pad(wave, (0, max(0, length - wave.shape[-1])))[:length]
-    return whisper.log_mel_spectrogram(wave)      # [80, 4L]
+    spectrum = torch.stft(wave, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)
+    power = spectrum[:, :-1].abs().square()       # [201, 4L]
+    mel = mel_filters(wave.device, N_MELS) @ power    # [80, 4L]
+    return (mel.clamp(min=10 ** MEL_FLOOR).log10() + 4) / 4
 
 
 def in_windows(encode, wave):
@@ -431,15 +483,26 @@ class ImageEncoder(nn.Module):
     def forward(self, refs, masked):
         B, R, _, H, W = check(refs, "B R 3 H W", "image.refs", R=self.config.refs, low=0, high=1).shape
         check(masked, "B 3 H W", "image.masked", B=B, H=H, W=W, low=0, high=1)
-        x = torch.cat([refs.flatten(1, 2), masked * half_mask(masked)], 1)       # [B, 3(R+1), H, W]
-        x = x.to(self.stages[0].conv.weight.dtype)                   # bfloat16 weights want such pictures
-        x = fn.pixel_unshuffle(x, self.config.fold)                  # [B, 3(R+1) fold^2, H/fold, W/fold]
-        x = x.contiguous(memory_format=torch.channels_last)
+        dtype = self.stages[0].conv.weight.dtype                     # bfloat16 weights want such pictures
+        upper = (masked * half_mask(masked)).to(dtype)               # [B, 3, H, W]
+        x = torch.cat([refs.to(dtype).flatten(1, 2), upper], 1)      # [B, 3(R+1), H, W]
+        x = fold_pixels(x, self.config.fold)                         # [B, 3(R+1) fold^2, H/fold, W/fold]
         skips = []
         for stage in self.stages:
             x = _stage(self, stage, x)            # [B, C_i, H_i, W_i]
             skips.append(check(x, "B C h w", f"image.map{len(skips)}", B=B))
         return x, skips[:-1]
+
+
+def fold_pixels(x, fold):
+    """nn.functional.pixel_unshuffle, straight into channels_last memory: one copy instead of two.
+
+    Shapes: x [B, C, H, W] -> [B, C fold^2, H/fold, W/fold].
+    Choice: keeps every pixel and moves the work to a smaller map.
+    """
+    blocks = x.unflatten(3, (-1, fold)).unflatten(2, (-1, fold))     # [B, C, H/fold, fold, W/fold, fold]
+    rows = blocks.permute(0, 2, 4, 1, 3, 5).contiguous()             # [B, H/fold, W/fold, C, fold, fold]
+    return rows.flatten(3).permute(0, 3, 1, 2)
 
 
 def _stage(owner, module, *inputs):
@@ -530,9 +593,10 @@ def position_code(length, width):
 class ModalityFusion(nn.Module):
     """Audio tokens look at the mouths of the pictures, then every place of the picture looks at the audio tokens.
 
-    Patent: S2(4), Fig. 2: a amplitude, b adapter, c position code, d-e self-attention, f residual and LayerNorm,
-        g cross-attention with the upper half of the image masked by -inf.
-    Shapes: image [B, C, h, w], audio [B, F, D], amplitude float or [B], > 0 -> [B, C, h, w].
+    Patent: S2(4), Fig. 2: a amplitude, b adapter, c position code, d-e self-attention, f residual and LayerNorm
+        (encode_audio); g cross-attention with the upper half of the image masked by -inf (exchange).
+    Shapes: image [B, C, h, w], audio [B, F, D], amplitude float or [B], > 0 -> [B, C, h, w];
+        encode_audio -> tokens [B, F, C]; exchange(image, tokens) -> [B, C, h, w].
     Choice: g ends with audio tokens, yet the decoder needs a map, and the patent calls the module bidirectional:
         so the tokens that have seen the mouth become Key and Value for every image position's Query, with
         residual and LayerNorm. -inf is added to the attention logits, where it means "never look here"; on the
@@ -542,31 +606,157 @@ class ModalityFusion(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, width = config, config.channels[-1]
-        self.adapter = nn.Sequential(nn.Linear(config.audio_dim, width), nn.LeakyReLU(0.2), nn.Linear(width, width))
+        self.adapter = nn.Sequential(nn.Linear(config.audio_dim, width), nn.LeakyReLU(0.2), nn.Dropout(config.dropout),
+                                     nn.Linear(width, width))
         self.register_buffer("positions", position_code(config.window, width), persistent=False)
-        self.listen, self.look, self.speak = (MultiHeadAttention(width, config.heads) for _ in range(3))
-        self.norm_listen, self.norm_look, self.norm_speak = (nn.LayerNorm(width) for _ in range(3))
+        self.self_attention, self.audio_to_image, self.image_to_audio = (MultiHeadAttention(width, config.heads) for _ in range(3))
+        self.self_norm, self.audio_norm, self.image_norm = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, image, audio, amplitude=1.0):
-        B, C, h, w = check(image, "B C h w", "fusion.image", C=self.config.channels[-1]).shape
-        check(audio, "B F D", "fusion.audio", B=B, F=self.config.window, D=self.config.audio_dim)
+    def encode_audio(self, audio, amplitude=1.0):
+        B, F, D = check(audio, "B F D", "fusion.audio", F=self.config.window, D=self.config.audio_dim).shape
         audio = audio.to(self.adapter[0].weight.dtype)
         amplitude = torch.as_tensor(amplitude, dtype=audio.dtype, device=audio.device).expand(B)
         check(amplitude, "B", "fusion.amplitude", low=0, high=10)
         x = audio * amplitude[:, None, None]                         # a  [B, F, D]
         x = self.adapter(x)                                          # b  [B, F, C]
         x = x + self.positions.to(x.dtype)                           # c
-        x = self.norm_listen(x + self.listen(x, x))                  # d-f
-        check(x, "B F C", "fusion.tokens", B=B)
+        x = self.self_norm(x + self.self_attention(x, x))            # d-f
+        return check(x, "B F C", "fusion.tokens", B=B)
+
+    def exchange(self, image, tokens):
+        B, C, h, w = check(image, "B C h w", "fusion.image", C=self.config.channels[-1]).shape
         places = image.flatten(2).mT                                 # [B, hw, C]
         if self.config.bidirectional:
-            mask = torch.zeros(h, w, device=x.device, dtype=x.dtype)
+            mask = torch.zeros(h, w, device=image.device, dtype=image.dtype)
             if self.config.mask_upper:
                 mask = torch.where(half_mask(mask) > 0, -math.inf, mask)
-            x = self.norm_look(x + self.look(x, places, mask.flatten()))         # g  [B, F, C]
-            check(x, "B F C", "fusion.looked", B=B)
-        places = self.norm_speak(places + self.speak(places, x))     # the way back  [B, hw, C]
+            seen = self.audio_to_image(tokens, places, mask.flatten())           # g  [B, F, C]
+            tokens = self.audio_norm(tokens + seen)
+            check(tokens, "B F C", "fusion.looked", B=B)
+        places = self.image_norm(places + self.image_to_audio(places, tokens))   # the way back  [B, hw, C]
         return check(places.mT.unflatten(2, (h, w)), "B C h w", "fusion.fused", B=B)
+
+    def forward(self, image, audio, amplitude=1.0):
+        return self.exchange(image, self.encode_audio(audio, amplitude))
+
+
+# ---------------------------------------------------------------- lips from the sound, references that follow them
+def mouth_width(points):
+    """Distance of the mouth's corners of the most closed reference, with the frame's head pose.
+
+    Shapes: points [B, R, 2, K, 2] as LipSync takes them -> [B] picture widths.
+    Choice: the unit of LipHead and of losses.mouth_loss: a near face moves no more than a far one.
+    """
+    right, left = (points[:, 0, 1, corner] for corner in MOUTH_CORNERS)          # [B, 2]
+    return torch.linalg.vector_norm(left - right, dim=-1).clamp(min=0.02)
+
+
+class LipHead(nn.Module):
+    """Where the lips and the jaw lie, as the sound asks for them.
+
+    Patent: silent; it puts S2(4)a-f before the image encoder's maps, and these work on the sound alone.
+    Shapes: tokens [B, F, C] of ModalityFusion.encode_audio, points [B, R, 2, K, 2] picture widths
+        -> lips [B, P, 2] picture widths.
+    Choice: the frame's own token beside the lips of the R references, all with the frame's head pose and in mouth
+        widths; the answer is relative to the most closed reference. It needs no pictures to learn (train.py, stage
+        mouth). Source: the idea of landmarks between sound and picture is IP-LAP's (Zhong et al. 2023).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, values = config.lip_width, 2 * MOUTH_POINTS
+        self.sound = nn.Linear(config.channels[-1], width)
+        self.shapes = nn.Linear(config.refs * values, width)
+        self.layers = nn.Sequential(nn.LeakyReLU(0.2), nn.Dropout(config.dropout), nn.Linear(width, width),
+                                    nn.LeakyReLU(0.2), nn.Dropout(config.dropout), nn.Linear(width, values))
+        self.layers[-1].weight.data.mul_(0.1)
+
+    def forward(self, tokens, points):
+        B, F, C = check(tokens, "B F C", "lips.tokens").shape
+        check(points, "B R 2 K 2", "lips.points", B=B)
+        mouths = points[:, :, 1, :MOUTH_POINTS].float()              # [B, R, P, 2]
+        closed, width = mouths[:, 0], mouth_width(points.float())[:, None, None]
+        centre = closed.mean(1, keepdim=True)                        # [B, 1, 2]
+        shapes = (mouths - centre[:, None]) / width[:, None]         # [B, R, P, 2] mouth widths
+        x = self.sound(tokens[:, F // 2]) + self.shapes(shapes.flatten(1).to(tokens.dtype))  # [B, lip_width]
+        moved = self.layers(x).float().unflatten(1, (-1, 2))         # [B, P, 2] mouth widths
+        return check(closed + moved * width, "B P 2", "lips.lips", B=B)
+
+
+class ReferenceWarp(nn.Module):
+    """Each reference's lower half drawn with the frame's head pose and with the lips that are wanted.
+
+    Patent: silent; Fig. 7 wants references "without a large gap" to the frame.
+    Shapes: refs [B, R, 3, H, W] 0..1, source [B, R, K, 2] where the points lie, target [B, R, K, 2] where they shall
+        lie, picture widths -> [B, R, 3, H, W] 0..1.
+    Choice: at the nodes of a coarse grid the flow is the mean of source - target over the points, weighted by a
+        narrow Gaussian of the distance to the target, plus a little of a wide one, which decides where no point is
+        near; both are products of a row and a column. Bilinear to full size; one sampling of the original picture.
+        Above the lower half the flow fades out.
+    """
+    NODES = 64                                    # in a picture's width: one each 4 px of 256
+    NARROW, WIDE, SHARE = 6 / 256, 40 / 256, 1e-3  # sigmas, picture widths; weight of the wide one
+
+    def forward(self, refs, source, target):
+        B, R, _, H, W = check(refs, "B R 3 H W", "warp.refs").shape
+        check(source, "B R K 2", "warp.source", B=B, R=R)
+        check(target, "B R K 2", "warp.target", B=B, R=R, K=source.shape[2])
+        source, target = source.flatten(0, 1).float(), target.flatten(0, 1).float()           # [BR, K, 2]
+        with torch.autocast(refs.device.type, enabled=False):
+            flow = self.flow(source, target)                         # [BR, 2, 40, 64]
+            rows = lower_rows(refs).shape[3]
+            flow = fn.interpolate(flow, size=(rows, W), mode="bilinear")         # [BR, 2, 5/8 H, W]
+            y = (torch.arange(H - rows, H, device=refs.device) + 0.5) / H
+            x = (torch.arange(W, device=refs.device) + 0.5) / W
+            place = torch.stack(torch.meshgrid(x, y, indexing="xy"))             # [2, 5/8 H, W] as (x, y)
+            grid = (place + flow).permute(0, 2, 3, 1) * 2 - 1        # grid_sample's -1..1
+            lower = fn.grid_sample(refs.flatten(0, 1).float(), grid, mode="bilinear",
+                                   padding_mode="border", align_corners=False)   # [BR, 3, 5/8 H, W]
+        whole = torch.cat([refs[:, :, :, :H - rows].float(), lower.unflatten(0, (B, R))], 3)
+        return check(whole.to(refs.dtype), "B R 3 H W", "warp.moved", B=B, R=R)
+
+    def flow(self, source, target):
+        """source, target [BR, K, 2] -> [BR, 2, 40, 64] (x, y) from where to fetch, picture widths"""
+        node = (torch.arange(self.NODES, device=target.device) + 0.5) / self.NODES
+        rows = lower_rows(node[:, None])[:, 0]                       # [40]
+        step = source - target                                       # [BR, K, 2]
+        step = torch.cat([step, torch.ones_like(step[..., :1])], 2)  # [BR, K, 3], the 1 sums the weights
+        total = 0
+        for sigma, share in ((self.NARROW, 1.0), (self.WIDE, self.SHARE)):
+            across = torch.exp(-(node[:, None] - target[:, None, :, 0]) ** 2 / (2 * sigma ** 2))     # [BR, 64, K]
+            down = torch.exp(-(rows[:, None] - target[:, None, :, 1]) ** 2 / (2 * sigma ** 2))       # [BR, 40, K]
+            weighted = down[:, None] * step.mT[:, :, None]           # [BR, 3, 40, K]
+            total = total + share * weighted @ across.mT[:, None]    # [BR, 3, 40, 64]
+        flow = total[:, :2] / (total[:, 2:] + 1e-12)
+        fade = ((torch.arange(len(rows), device=target.device) - 1) / 4).clamp(0, 1)
+        return flow * fade[:, None]
+
+
+def smooth_blocks(x, fold):
+    """The mean of fold x fold pixels at every place, which wipes out any pattern of that period.
+
+    Shapes: x [B, C, H, W] -> [B, C, H, W].
+    Choice: what pixel_shuffle makes of one place is a block of fold x fold pixels, and losses that reward sharpness
+        like a grid of blocks. Detail comes from the references' own pixels, so this loses little.
+    """
+    before, after = (fold - 1) // 2, fold // 2
+    return fn.avg_pool2d(fn.pad(x, (before, after, before, after), mode="replicate"), fold, 1)
+
+
+def lower_rows(x):
+    """The lower 5/8 of the rows: the half that is drawn, and an eighth for the convolutions to look up.
+
+        row 0    +---------+
+                 | given   |   the masked frame's own upper half
+        3/8 h    | . . . . |   <- from here on the decoder computes
+        1/2 h    +---------+
+                 | drawn   |
+        h        +---------+
+
+    Shapes: x [..., h, w] -> [..., 5/8 h, w].
+    Choice: a third less work.
+    """
+    return x[..., 3 * x.shape[-2] // 8:, :]
 
 
 # ---------------------------------------------------------------- S2(5) image decoder
@@ -637,49 +827,41 @@ class ConvBlock(nn.Module):
         return x + self.conv2(fn.leaky_relu(y, 0.2))
 
 
-class ReferenceCopy(nn.Module):
-    """A draft of the lower half, warped and mixed from the references.
+class ReferenceMix(nn.Module):
+    """A draft of the lower half: at each place a mixture of the R references.
 
     Patent: silent; it wants teeth and skin taken from the references (S2(2), advantages 3 and 7).
-    Shapes: x [B, C, h/2, w] decoder features of the lower half, refs [B, R, 3, H, W] 0..1 -> [B, 3, H/2, W] 0..1.
-    Choice: a convolution predicts for each reference a flow (in half pictures) and a mixing weight, at the features'
-        size; the sampled pixels are real ones, so they are sharp, also for a face never seen in training.
-        The decoder then only corrects the draft. Source: the idea of DINet (Zhang et al. 2023); off with copy=False.
+    Shapes: x [B, C, h, w] decoder features of the lower 5/8, refs [B, R, 3, H, W] 0..1, as warped -> [B, 3, 5/8 H, W] 0..1.
+    Choice: a convolution gives each reference a weight, softmax over R. Its pixels are real ones, so they are sharp,
+        also for a face never seen in training.
     """
 
     def __init__(self, channels, refs):
         super().__init__()
-        self.conv = nn.Conv2d(channels, 3 * refs, 3, padding=1)
-        self.conv.weight.data.mul_(0.1)           # start near "no motion, all references alike"
+        self.conv = nn.Conv2d(channels, refs, 3, padding=1)
+        self.conv.weight.data.mul_(0.1)           # start near "all references alike"
         self.conv.bias.data.zero_()
 
     def forward(self, x, refs):
-        B, R, _, H, W = check(refs, "B R 3 H W", "decoder.copy_refs", R=self.conv.out_channels // 3).shape
-        check(x, "B C h w", "decoder.copy_in", B=B, C=self.conv.in_channels)
-        x = self.conv(x).float()                                     # [B, 3R, h, w]
-        x = fn.interpolate(x, size=(H // 2, W), mode="bilinear")     # [B, 3R, H/2, W]
-        flow, weight = x.split([2 * R, R], 1)
-        y = (torch.arange(H // 2, H, device=x.device) + 0.5) * 2 / H - 1         # grid_sample's -1..1, lower half
-        x = (torch.arange(W, device=x.device) + 0.5) * 2 / W - 1
-        grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)        # [H/2, W, 2] as (x, y)
-        grid = grid + 0.5 * flow.unflatten(1, (R, 2)).permute(0, 1, 3, 4, 2).tanh()   # [B, R, H/2, W, 2]
-        lower = fn.grid_sample(refs.flatten(0, 1).float(), grid.flatten(0, 1), mode="bilinear",
-                               padding_mode="border", align_corners=False)      # [BR, 3, H/2, W]
-        return (lower.unflatten(0, (B, R)) * weight.softmax(1)[:, :, None]).sum(1)    # [B, 3, H/2, W]
+        B, R = check(refs, "B R 3 H W", "decoder.mix_refs", R=self.conv.out_channels).shape[:2]
+        check(x, "B C h w", "decoder.mix_in", B=B, C=self.conv.in_channels)
+        lower = lower_rows(refs)                                     # [B, R, 3, 5/8 H, W]
+        weight = fn.interpolate(self.conv(x).float(), size=lower.shape[-2:], mode="bilinear")    # [B, R, 5/8 H, W]
+        return (lower * weight.softmax(1)[:, :, None]).sum(1)        # [B, 3, 5/8 H, W]
 
 
 class ImageDecoder(nn.Module):
     """From the fused map back to a picture.
 
     Patent: S2(5), Fig. 4: M = 5 x (upsampling, convolution, SPADEResnetBlock), LeakyReLU, Conv2d, Sigmoid.
-    Shapes: fused [B, C, H/32, W/32], skips as ImageEncoder gives them, refs and masked as LipSync gets them
+    Shapes: fused [B, C, H/32, W/32], skips as ImageEncoder gives them, refs (warped) and masked as LipSync has them
         -> picture [B, 3, H, W] 0..1.
     Choice: SPADE's map is the skip of the same size. The convolution after each (nearest) upsampling is 1x1 and is
-        done before it, which is the same sum at a quarter of the cost. With fold = 2 the fifth upsampling is a
-        pixel_shuffle after Conv2d. Only the lower half is asked for, so from the first stage on the maps keep their
-        lower 5/8 (an eighth for the convolutions to look up), and the picture's upper half is the masked frame's:
-        a third less work. With copy, Conv2d's output is added to the draft before the Sigmoid (to its logit), so a
-        decoder that says nothing leaves the draft as it is.
+        done before it, which is the same sum at a quarter of the cost. With fold = 2 or 4 the last upsamplings are
+        one pixel_shuffle after Conv2d. Only the lower half is asked for, so maps keep their lower_rows, and the
+        picture's upper half is the masked frame's. With warp, the last stage sees the draft of ReferenceMix before
+        it finishes it, and Conv2d's output is added to the draft before the Sigmoid (to its logit), so a decoder
+        that says nothing leaves the draft as it is.
     """
 
     def __init__(self, config):
@@ -689,27 +871,34 @@ class ImageDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             SPADEResnetBlock(c, c, c, min(c, config.spade_hidden)) if config.decoder == "spade"
             else ConvBlock(c, c, groups) for c in widths[1:])
-        self.copy_at = len(widths) - 3 + (config.fold - 1)           # the stage at half of the picture's size
-        self.copy = ReferenceCopy(widths[self.copy_at + 1], config.refs) if config.copy else None
-        self.out = nn.Conv2d(widths[-1], 3 * config.fold ** 2, 3, padding=1)
-        self.out.weight.data.mul_(0.1 if config.copy else 1.0)
+        pixels = 3 * config.fold ** 2
+        self.mix, self.finish = None, None
+        if config.warp:
+            self.mix = ReferenceMix(widths[-1], config.refs)
+            self.finish = nn.Conv2d(widths[-1] + pixels, widths[-1], 3, padding=1)
+        self.out = nn.Conv2d(widths[-1], pixels, 3, padding=1)
+        self.out.weight.data.mul_(0.1 if config.warp else 1.0)
 
     def forward(self, fused, skips, refs, masked):
         B, C, h, w = check(fused, "B C h w", "decoder.fused", C=self.config.channels[-1]).shape
-        x, draft, H = fused, None, check(masked, "B 3 H W", "decoder.masked", B=B, H=32 * h, W=32 * w).shape[2]
+        H = check(masked, "B 3 H W", "decoder.masked", B=B, H=32 * h, W=32 * w).shape[2]
+        x = fused
         for i, (conv, block, skip) in enumerate(zip(self.convs, self.blocks, skips[::-1])):
-            x = fn.interpolate(conv(x), scale_factor=2)              # [B, C_i, 2h, 2w], or their lower 5/8 rows
-            x = x[:, :, 3 * skip.shape[2] // 8:] if i == 0 else x    # [B, C_i, 5/8 h_i, w_i]
-            x = _stage(self, block, x, skip[:, :, -x.shape[2]:])
+            x = fn.interpolate(conv(x), scale_factor=2)              # [B, C_i, 2h, 2w], or their lower_rows
+            skip = lower_rows(skip)                                  # [B, C_i, 5/8 h_i, w_i]
+            x = _stage(self, block, x[:, :, -skip.shape[2]:], skip)
             check(x, "B C h w", f"decoder.map{i}", B=B)
-            if self.copy is not None and i == self.copy_at:
-                draft = check(self.copy(x[:, :, -H // 4:], refs), "B 3 h w", "decoder.draft", B=B)
+        if self.mix is not None:
+            draft = self.mix(x, refs)                                # [B, 3, 5/8 H, W]
+            check(draft, "B 3 H W", "decoder.draft", B=B)
+            folded = fold_pixels(draft.to(x.dtype), self.config.fold)            # [B, 3 fold^2, 5/8 h_i, w_i]
+            x = self.finish(torch.cat([x, folded], 1))               # [B, C_i, 5/8 h_i, w_i]
         x = self.out(fn.leaky_relu(x, 0.2)).float()                  # [B, 3 fold^2, 5/8 H/fold, W/fold]
-        x = fn.pixel_shuffle(x, self.config.fold)[:, :, -H // 2:]    # [B, 3, H/2, W]
-        if draft is not None:
-            x = x + draft.clamp(1 / 255, 254 / 255).logit()
-        x = torch.cat([masked[:, :, :H // 2], x.sigmoid().to(masked)], 2)        # [B, 3, H, W]
-        return check(x, "B 3 H W", "decoder.picture", B=B)
+        x = smooth_blocks(fn.pixel_shuffle(x, self.config.fold), self.config.fold)       # [B, 3, 5/8 H, W]
+        if self.mix is not None:
+            x = x + draft.float().clamp(1 / 255, 254 / 255).logit()
+        lower = x[:, :, -H // 2:].sigmoid().to(masked)               # [B, 3, H/2, W]
+        return check(torch.cat([masked[:, :, :H // 2], lower], 2), "B 3 H W", "decoder.picture", B=B)
 
 
 # ---------------------------------------------------------------- S2 the whole network
@@ -717,24 +906,80 @@ class LipSync(nn.Module):
     """Draws the lower half of a face so that it says what the audio says.
 
     Patent: S2, Fig. 1.
-    Shapes: refs [B, R, 3, H, W] 0..1, masked [B, 3, H, W] 0..1 (its lower half is not read), audio [B, F, D] the
-        selected features, amplitude float or [B] (1 = as spoken, > 1 wider) -> picture [B, 3, H, W] 0..1.
-    Choice: the S frames of a training group are S entries of the batch, so training and inference share this forward.
+    Shapes: refs [B, R, 3, H, W] 0..1, the most closed mouth first; masked [B, 3, H, W] 0..1 (its lower half is not
+        read); audio [B, F, D] the selected features; amplitude float or [B] (1 = as spoken, > 1 wider);
+        points [B, R, 2, K, 2] (x, y) in picture widths, 0..1 inside the picture: at [:, :, 0] where a face's K points
+        lie in each reference, at [:, :, 1] where they would lie with the frame's head pose (data.place_points);
+        the first P of K are lips and jaw -> picture [B, 3, H, W] 0..1.
+    Choice: S2(4)a-f come first, since they need the sound alone: they say where the lips are (LipHead), and the
+        references are warped to the frame's head pose and to those lips before anything looks at them. points=None:
+        the references stay as they are. lips [B, P, 2] picture widths take the place of the predicted ones
+        (training). The S frames of a training group are S entries of the batch: training and dubbing share this forward.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.image_encoder, self.fusion, self.decoder = ImageEncoder(config), ModalityFusion(config), ImageDecoder(config)
+        self.fusion = ModalityFusion(config)
+        self.lip_head = LipHead(config) if config.warp else None
+        self.warp = ReferenceWarp()
+        self.image_encoder, self.decoder = ImageEncoder(config), ImageDecoder(config)
 
-    def forward(self, refs, masked, audio, amplitude=1.0):
+    def sound_parameters(self):
+        """What predict_lips uses, in the order of the network; [] with warp=False."""
+        if self.lip_head is None:
+            return []
+        fusion = self.fusion
+        modules = (fusion.adapter, fusion.self_attention, fusion.self_norm, self.lip_head)
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def predict_lips(self, audio, amplitude, points):
+        """S2(4)a-f and LipHead alone, no picture: as in forward -> lips [B, P, 2] picture widths."""
+        return self.lip_head(self.fusion.encode_audio(audio, amplitude), points)
+
+    def move_references(self, refs, points, lips):
+        """The references with the frame's head pose and these lips: as in forward -> [B, R, 3, H, W]"""
+        R = refs.shape[1]
+        source, posed = points.unbind(2)                             # [B, R, K, 2]
+        rest = posed[:, :, lips.shape[1]:]
+        target = torch.cat([lips[:, None].expand(-1, R, -1, -1).to(rest), rest], 2)
+        return self.warp(refs, source, target)
+
+    def forward(self, refs, masked, audio, amplitude=1.0, points=None, lips=None):
         size = self.config.image_size
         B, R, _, H, W = check(refs, "B R 3 H W", "lipsync.refs", R=self.config.refs, H=size, W=size).shape
         check(masked, "B 3 H W", "lipsync.masked", B=B, H=size, W=size)
         check(audio, "B F D", "lipsync.audio", B=B, F=self.config.window, D=self.config.audio_dim)
+        tokens = self.fusion.encode_audio(audio, amplitude)          # [B, F, C]
+        if points is not None and self.lip_head is not None:
+            check(points, "B R 2 K 2", "lipsync.points", B=B, R=R)
+            lips = self.lip_head(tokens, points) if lips is None else lips       # [B, P, 2]
+            refs = self.move_references(refs, points, lips)          # [B, R, 3, H, W]
         image, skips = self.image_encoder(refs, masked)              # [B, C, h, w]
-        fused = self.fusion(image, audio, amplitude)                 # [B, C, h, w]
+        fused = self.fusion.exchange(image, tokens)                  # [B, C, h, w]
         return self.decoder(fused, skips, refs, masked)              # [B, 3, H, W]
+
+
+def redraw(net, refs, crops, points, audio, amplitude=1.0):
+    """Crops of a face with their lower halves drawn anew: what samples, eval and dubbing all call.
+
+    Shapes: refs uint8 [R, 256, 256, 3], crops uint8 [B, 256, 256, 3] (RGB), points float32 [B, R, 2, K, 2] or None,
+        audio [B, F, D], amplitude float -> uint8 [B, 256, 256, 3], on the CPU; numpy in, numpy out but for audio.
+    Choice: a network for smaller pictures gets averaged ones; its answer is enlarged bicubically.
+    """
+    device, size = audio.device, net.config.image_size
+    both = torch.from_numpy(np.concatenate([refs, crops])).to(device)            # [R+B, 256, 256, 3]
+    planes = both.permute(0, 3, 1, 2).float() / 255
+    if size != planes.shape[-1]:
+        planes = fn.interpolate(planes, size=(size, size), mode="area")
+    R, B = len(refs), len(crops)
+    masked = planes[R:] * half_mask(planes)                          # [B, 3, H, W]
+    points = None if points is None else torch.from_numpy(points).to(device)
+    with torch.inference_mode():
+        drawn = net(planes[:R].expand(B, -1, -1, -1, -1), masked, audio, amplitude, points).float()
+        if size != crops.shape[1]:
+            drawn = fn.interpolate(drawn, size=crops.shape[1:3], mode="bicubic")
+        return (drawn * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 # ---------------------------------------------------------------- devices and checkpoints
@@ -787,18 +1032,20 @@ def load_checkpoint(path, kind="lipsync"):
         raise BadInput(f"{path}: not a checkpoint of this project, or damaged") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise BadInput(f"{path}: not a {kind} checkpoint of this project")
-    if content["version"] > VERSION:
-        raise BadInput(f"{path}: written by a newer version ({content['version']} > {VERSION})")
+    if content.get("version") != VERSION:
+        raise BadInput(f"{path}: of version {content.get('version')}, this code reads {VERSION}")
     return content
 
 
 # ---------------------------------------------------------------- python lipsync.py
 def example(config, batch=1):
-    """Random inputs of the right shapes: (refs, masked, audio)"""
+    """Random inputs of the right shapes: (refs, masked, audio, amplitude, points)"""
     size = config.image_size
     masked = torch.rand(batch, 3, size, size)
+    points = torch.rand(batch, config.refs, 1, 151, 2) * 0.5 + 0.25
+    points = points + 0.02 * torch.randn(batch, config.refs, 2, 151, 2)
     return (torch.rand(batch, config.refs, 3, size, size), masked * half_mask(masked),
-            torch.randn(batch, config.window, config.audio_dim))
+            torch.randn(batch, config.window, config.audio_dim), torch.ones(batch), points)
 
 
 def gmac(module, *inputs):
@@ -816,7 +1063,8 @@ def record(preset):
     nets = ScratchEncoder(config.audio_dim), AudioSelector(config), LipSync(config)
     with trace() as rows, torch.no_grad():
         audio = nets[1](nets[0](torch.zeros(1, SAMPLE_RATE)))[:, 12]             # [1, F, D]
-        nets[2](*example(config)[:2], audio)
+        refs, masked, _, amplitude, points = example(config)
+        nets[2](refs, masked, audio, amplitude, points)
     return nets, rows
 
 
@@ -828,42 +1076,14 @@ def print_trace(preset):
         print("{:9} {:11} {:11} {}".format(*name.split("."), axes, " ".join(map(str, shape))))
     total, counts = gmac(net, *example(net.config))
     sound = gmac(audio_encoder, torch.zeros(1, SAMPLE_RATE))[0] / FPS
-    stages = [("audio", audio_encoder, sound)] + [(name.split("_")[0], module, counts[name]) for name, module in net.named_children()]
+    stages = [("audio", audio_encoder, sound)]
+    for name, module in net.named_children():
+        inside = sum(count for path, count in counts.items() if path.rpartition(".")[0] == name)
+        stages.append((name.split("_")[0], module, counts.get(name, inside)))
     print(f"\n{'stage':9} {'parameters':>12} {'GMAC/frame':>11}")
     for stage, module, macs in stages:
         print(f"{stage:9} {sum(p.numel() for p in module.parameters()):12,} {macs:11.3f}")
     print(f"{'sum':9} {sum(p.numel() for _, m, _ in stages for p in m.parameters()):12,} {total + sound:11.3f}")
-
-
-def draw_architecture(preset, png):
-    """The recorded tensors as a picture: a box per stage, its tensors with their shapes inside, arrows where data flows."""
-    import cv2
-    import numpy as np
-    _, rows = record(preset)
-    places = {"audio": (20, 40), "selector": (20, 220), "image": (20, 400), "fusion": (420, 220), "decoder": (820, 220)}  # px
-    canvas = np.full((680, 1220, 3), 255, np.uint8)
-    text = lambda words, x, y, size=0.45: cv2.putText(canvas, words, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, (40, 40, 40), 1, cv2.LINE_AA)
-    corners = {}
-    for stage, (x, y) in places.items():
-        lines = [f"{name.split('.')[1]} {'x'.join(map(str, shape))}" for name, _, shape in rows
-                 if name.startswith(stage + ".") and "_" not in name]
-        corners[stage] = (x, y, x + 340, y + 30 + 20 * len(lines))
-        cv2.rectangle(canvas, (x, y), corners[stage][2:], (170, 110, 40), 1, cv2.LINE_AA)
-        text(stage, x + 8, y + 20, 0.6)
-        for i, line in enumerate(lines):
-            text(line, x + 16, y + 42 + 20 * i)
-    for a, b, note in (("audio", "selector", ""), ("selector", "fusion", "F features"), ("image", "fusion", "map"), ("fusion", "decoder", "fused")):
-        down = places[a][0] == places[b][0]
-        start = (corners[a][0] + 170, corners[a][3]) if down else (corners[a][2], corners[a][1] + 50)
-        end = (corners[b][0] + 170, corners[b][1]) if down else (corners[b][0], corners[b][1] + (50 if a != "image" else 130))
-        cv2.arrowedLine(canvas, start, end, (60, 60, 200), 1, cv2.LINE_AA, tipLength=0.12)
-        text(note, (start[0] + end[0]) // 2 - 36, (start[1] + end[1]) // 2 - 8, 0.4)
-    route = [(corners["image"][2], 600), (990, 600), (990, corners["decoder"][3])]
-    cv2.polylines(canvas, [np.array(route[:2])], False, (60, 60, 200), 1, cv2.LINE_AA)
-    cv2.arrowedLine(canvas, route[1], route[2], (60, 60, 200), 1, cv2.LINE_AA, tipLength=0.1)
-    text("skips, references, masked frame", 560, 592)
-    if not cv2.imwrite(str(png), canvas):
-        raise BadInput(f"--figure {png}: cannot be written")
 
 
 @torch.inference_mode()
@@ -893,10 +1113,10 @@ def benchmark():
 
 
 def export(preset, path):
-    """Write the network as a torch.export program: (refs, masked, audio, amplitude [B]), with a free batch axis."""
+    """Write the network as a torch.export program with a free batch axis: takes what `example` gives."""
     net = LipSync(PRESETS[preset]).eval()
-    program = torch.export.export(net, (*example(PRESETS[preset], 2), torch.ones(2)),
-                                  dynamic_shapes=({0: torch.export.Dim("B", min=1, max=256)},) * 4)
+    axes = {0: torch.export.Dim("B", min=1, max=256)}
+    program = torch.export.export(net, example(PRESETS[preset], 2), dynamic_shapes=(axes,) * 5)
     torch.export.save(program, path)
 
 
@@ -905,15 +1125,11 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="edge", help="size of the network")
     parser.add_argument("--benchmark", action="store_true", help="time every preset and decoder on this machine")
-    parser.add_argument("--figure", metavar="PNG", help="draw the stages and their recorded shapes")
     parser.add_argument("--export", metavar="FILE.pt2", help="write the network as a torch.export program")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.benchmark:
         benchmark()
-    elif args.figure:
-        draw_architecture(args.preset, args.figure)
-        print(f"wrote {args.figure}")
     elif args.export:
         export(args.preset, args.export)
         print(f"wrote {args.export}")

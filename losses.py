@@ -21,11 +21,13 @@ from torch import nn
 from torch.nn import functional as fn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lipsync import BadInput, check
+from lipsync import LIP_POINTS, BadInput, check
 
 EPSILON = 1e-6  # the patent's guard against a zero denominator; also how near to 0 and 1 a cosine may come inside a log
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB 0..1, as torchvision's VGG-19 was trained
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LIPS_WEIGHT = 3.0  # of a lip point in mouth_loss, beside 1 of a jaw point
+GAN_FORMS = ("non_saturating", "patent", "hinge")
 VGG_LAYERS = (1, 6, 11, 20, 29)  # indices into torchvision's vgg19().features: relu1_1, 2_1, 3_1, 4_1, 5_1
 
 
@@ -56,7 +58,9 @@ def sync_loss(audio_embedding, video_embedding, label=1.0):
         negative (experts.SyncXNet ends in ReLU); ValueError otherwise. The cosine is kept 1e-6 away from 0 and 1, so
         the loss lies in 1e-6..13.8.
     """
-    probability = cosine(audio_embedding, video_embedding).clamp(EPSILON, 1 - EPSILON)  # [B]
+    probability = cosine(audio_embedding, video_embedding)  # [B]
+    clamped = probability.clamp(EPSILON, 1 - EPSILON)
+    probability = probability + (clamped - probability).detach()  # a clamp alone has no gradient at 0
     if not torch.compiler.is_compiling() and min(audio_embedding.min(), video_embedding.min()) < 0:
         raise ValueError("sync_loss: an embedding has negative components; both must end in ReLU, or the cosine is no probability")
     return -(label * probability.log() + (1 - label) * (1 - probability).log()).mean()
@@ -100,6 +104,23 @@ def reconstruction_loss(output, target, mouth_weight=0.0, mask=None):
     check(mask, "B C H W", "mask", B=B, C=1, H=H, W=W)
     weight = 1 + mouth_weight * mask.float()  # [B, 1, H, W]
     return ((difference * weight).sum((1, 2, 3)) / (C * weight.sum((1, 2, 3)))).mean()
+
+
+# ---- lips (not in the patent) ----------------------------------------------------------------------------------------
+
+
+def mouth_loss(lips, target, width):
+    """How far the predicted lips and jaw lie from the true ones.
+
+    Shapes: lips [B, P, 2], target [B, P, 2] picture widths, width [B] of the mouth, picture widths -> scalar, mouth widths.
+    Choice: mean distance; a lip point weighs LIPS_WEIGHT times what a jaw point does.
+    """
+    B, P = check(lips, "B P 2", "lips").shape[:2]
+    check(target, "B P 2", "target", B=B, P=P)
+    distance = torch.linalg.vector_norm(lips.float() - target.float(), dim=2) / width[:, None]  # [B, P]
+    weight = torch.ones(P, device=lips.device)
+    weight[:LIP_POINTS] = LIPS_WEIGHT
+    return (distance * weight).sum(1).mean() / weight.sum()
 
 
 # ---- S3(4) perceptual ------------------------------------------------------------------------------------------------
@@ -213,15 +234,23 @@ class Discriminator(nn.Module):
         return logits
 
 
-def discriminator_loss(real_logits, fake_logits):
+def discriminator_loss(real_logits, fake_logits, form="non_saturating"):
     """What the discriminator minimises.
 
     Patent: L_disc = E log(1 - D_j(I_o)) + E log D_j(I_r), S3(5), which D raises; so this is minus that.
-    Shapes: two lists over scales of [B, 1, h, w] -> scalar >= 0 (2 ln 2 = 1.39: it cannot tell).
+    Shapes: two lists over scales of [B, 1, h, w] -> scalar >= 0 (2 ln 2 = 1.39, hinge: 2: it cannot tell).
     Choice: log D = -softplus(-x), log(1 - D) = -softplus(x): finite for every logit x. The mean over scales j.
+        form="hinge" is max(0, 1 - x_r) + max(0, 1 + x_o) (Lim and Ye, 2017).
     """
-    losses = [fn.softplus(-real.float()).mean() + fn.softplus(fake.float()).mean() for real, fake in zip(real_logits, fake_logits, strict=True)]
-    return torch.stack(losses).mean()
+    check_form(form)
+    terms = []
+    for real, fake in zip(real_logits, fake_logits, strict=True):
+        real, fake = real.float(), fake.float()
+        if form == "hinge":
+            terms.append(fn.relu(1 - real).mean() + fn.relu(1 + fake).mean())
+        else:
+            terms.append(fn.softplus(-real).mean() + fn.softplus(fake).mean())
+    return torch.stack(terms).mean()
 
 
 def generator_loss(fake_logits, form="non_saturating"):
@@ -230,9 +259,23 @@ def generator_loss(fake_logits, form="non_saturating"):
     Patent: L_gen = E log(1 - D_j(I_o)), S3(5): form="patent", <= 0.
     Shapes: list over scales of [B, 1, h, w] -> scalar.
     Choice: form="non_saturating" is -E log D_j(I_o) (Goodfellow et al., 2014, section 3), >= 0: the same goal, but the
-        gradient does not vanish while D wins, as it does at the start. Hence the default. The mean over scales j.
+        gradient does not vanish while D wins, as it does at the start. form="hinge" is -E x_o (Lim and Ye, 2017).
+        The mean over scales j.
     """
-    if form not in ("non_saturating", "patent"):
-        raise ValueError(f"generator_loss: form is {form!r}, expected 'non_saturating' or 'patent'")
-    sign = 1 if form == "non_saturating" else -1  # -log D(x) = softplus(-x);  log(1 - D(x)) = -softplus(x)
-    return torch.stack([sign * fn.softplus(-sign * fake.float()).mean() for fake in fake_logits]).mean()
+    check_form(form)
+    terms = []
+    for fake in fake_logits:
+        fake = fake.float()
+        if form == "hinge":
+            terms.append(-fake.mean())
+        elif form == "patent":
+            terms.append(-fn.softplus(fake).mean())  # log(1 - D(x))
+        else:
+            terms.append(fn.softplus(-fake).mean())  # -log D(x)
+    return torch.stack(terms).mean()
+
+
+def check_form(form):
+    """ValueError if there is no such form of the adversarial loss"""
+    if form not in GAN_FORMS:
+        raise ValueError(f"form is {form!r}, expected one of {', '.join(GAN_FORMS)}")
