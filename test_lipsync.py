@@ -1471,7 +1471,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(trained, prepared, tmp
     monkeypatch.setattr(lipsync, "autocast", lambda device: contextlib.nullcontext())        # float32
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)       # the lips' noise differs by batch
     gradients = []
-    monkeypatch.setattr(train, "update", lambda run, parameters, *rest: gradients.append([p.grad.clone() for p in parameters]) or 0.0)
+    monkeypatch.setattr(train, "update", lambda run, parameters, *rest, **more: gradients.append([p.grad.clone() for p in parameters]) or 0.0)
     for micro in (0, 3):                          # 4 groups in one, or 3 and 1
         assert train.train_generator(open_run(prepared, tmp_path / str(micro), trained[0], micro=micro, group=2, steps=1))
     assert len(gradients[0]) > 30 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
@@ -1493,7 +1493,7 @@ def checked(share):
                 torch.distributed.all_gather(both, total)
                 assert both[0].item() == both[1].item(), (self.name, name, both)
                 if self.step == self.total:
-                    print(self.name, name, "equal", flush=True)
+                    sys.stdout.write(f"{{self.name}} {{name}} equal\\n")      # in one piece: two processes write
     return check
 train.Keeper.share = checked(train.Keeper.share)
 lipsync.cli(train.main)
@@ -1699,6 +1699,47 @@ def test_the_audio_encoder_that_learns_begins_from_the_seed_whatever_was_tried_b
     other = list(train.build_networks(bare_run(tmp_path, seed=1))[1].parameters())
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not all(torch.equal(a, b) for a, b in zip(first, other))
+
+
+class ToyEncoder(torch.nn.Module):
+    """A frozen encoder of the quickest kind: zeros, 25 a second."""
+    frozen, dim = True, 3
+
+    def forward(self, wave):
+        return torch.zeros(1, wave.shape[1] // 640, self.dim)
+
+
+def test_every_clip_gets_its_features_however_far_one_process_is_ahead_of_another(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "wait_for_all", print)  # the second begins when the first is done
+    infos = [dataclasses.replace(info, path=tmp_path / info.path.name) for info in data.list_clips(prepared)[:5]]
+    for info in infos:
+        shutil.copy(prepared / ".clips" / info.path.name, info.path)
+    run = dataclasses.replace(bare_run(tmp_path), clips=infos, features="toy", audio_encoder=ToyEncoder(), world=2)
+    for rank in (0, 1):
+        train.prepare_features(dataclasses.replace(run, rank=rank))
+    assert [info.path.name for info in infos if not data.feature_path(info.path, "toy").is_file()] == []
+
+
+def test_offsets_that_were_found_are_not_used_where_the_sound_shall_stay(tmp_path):
+    (tmp_path / "offsets.json").write_text('{"a.mp4": 2}')
+    assert train.read_offsets(bare_run(tmp_path)) == {"a.mp4": 2}
+    assert train.read_offsets(bare_run(tmp_path, keep_offsets=True)) == {}
+
+
+def test_offsets_of_an_earlier_run_are_found_anew_unless_it_is_resumed(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find_offsets", lambda *_: {"new": 1})
+    for resume, name in ((True, "old"), (False, "new")):
+        run = open_run(prepared, tmp_path, mouth_steps=3, mouth_batch=2, resume=resume)
+        (tmp_path / "offsets.json").write_text('{"old": 2}')
+        (tmp_path / "mouth.pt").unlink(missing_ok=True)
+        assert train.train_mouth(run) and list(train.read_offsets(run)) == [name]
+
+
+def test_a_sheet_of_samples_whose_clips_are_all_broken_stops_nothing(tmp_path, capsys):
+    broken = data.ClipInfo(tmp_path / "gone.npz", "a.mp4", "", 100)
+    run = dataclasses.replace(bare_run(tmp_path), held_out=[broken])
+    train.save_samples(run, torch.nn.Identity(), run.audio_encoder, 1)
+    assert "gone.npz" in capsys.readouterr().out and not (tmp_path / "samples").exists()
 
 
 def test_an_error_of_a_loader_process_is_one_line(tmp_path):

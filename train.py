@@ -15,6 +15,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -283,8 +284,9 @@ def prepare_features(run, noisy=False):
     if not run.features:
         return
     jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in {False, noisy}]
+    jobs = jobs[run.rank::run.world]  # shared out before anyone writes: no clip falls between two
     jobs = [job for job in jobs if not data.feature_path(job[0], run.features, job[1]).is_file()]
-    bar = tqdm(jobs[run.rank::run.world], desc="audio features", unit="clip", disable=not jobs)
+    bar = tqdm(jobs, desc="audio features", unit="clip", disable=not jobs)
     for path, noise in bar:
         clip = data.load_or_skip(path)
         if clip is None:
@@ -650,7 +652,7 @@ def train_mouth(run):
         return True
     prepare_features(run)
     path = run.out / "offsets.json"
-    if not config.keep_offsets and not path.is_file():
+    if not config.keep_offsets and not (config.resume and path.is_file()):
         net, encoder = build_networks(run)
         samples = data.MouthSamples(run.clips, run.net_config, run.features, config.seed)
         parts, optimizer, scheduler = mouth_parts(config, net, encoder, config.mouth_steps // 3)
@@ -667,7 +669,7 @@ def train_mouth(run):
         wait_for_all(run.world)
     net, encoder = build_networks(run)
     samples = data.MouthSamples(run.clips, run.net_config, run.features, config.seed,
-                                data.read_json(path))
+                                read_offsets(run))
     parts, optimizer, scheduler = mouth_parts(config, net, encoder, config.mouth_steps)
     keeper = Keeper(run, "mouth", parts, config.mouth_steps, 10 * config.mouth_batch,
                     {"kind": "mouth", "config": dataclasses.asdict(run.net_config)})
@@ -677,6 +679,11 @@ def train_mouth(run):
         loss, norm = mouth_step(run, net, encoder, batch, optimizer, scheduler)
         keeper.log(dict(total=loss, mouth=loss, lr=scheduler.get_last_lr()[0], grad_norm=norm))
     return not keeper.stopped
+
+
+def read_offsets(run):
+    """What the mouth stage found -> {source: frames}; {} with --keep-offsets"""
+    return {} if run.config.keep_offsets else data.read_json(run.out / "offsets.json")
 
 
 def build_networks(run):
@@ -819,13 +826,13 @@ def train_generator(run):
                  d_optimizer=d_optimizer, d_scheduler=d_scheduler)
     if not encoder.frozen:
         parts["audio"] = encoder
-    keeper = Keeper(run, "generator", parts, config.steps, config.batch * config.group,
-                    lambda: weights_content(run, net, encoder, judges.sync_file, judges.reader))
+    content = functools.partial(weights_content, run, net, encoder, judges)
+    keeper = Keeper(run, "generator", parts, config.steps, config.batch * config.group, content)
     spread = round(config.sync_start * config.steps) * config.batch * run.world
     dataset = data.ClipDataset(run.clips, run.net_config, config.group, config.seed,
                                config.amplitude_share, config.random_refs, features=run.features,
                                sync_audio=judges.sync_audio, spread=spread,
-                               offsets=data.read_json(run.out / "offsets.json"))
+                               offsets=read_offsets(run))
     forward = torch.compile(net) if config.compile else net
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):
         # 1. generator
@@ -862,8 +869,7 @@ def train_generator(run):
         if run.rank == 0 and ((step + 1) % config.sample_steps == 0 or step + 1 == config.steps):
             save_samples(run, net, encoder, step + 1)
     if not keeper.stopped and run.rank == 0:
-        content = weights_content(run, net, encoder, judges.sync_file, judges.reader, half=True)
-        lipsync.save_checkpoint(run.out / "weights.pt", content)
+        lipsync.save_checkpoint(run.out / "weights.pt", content(half=True))
     return not keeper.stopped
 
 
@@ -1034,29 +1040,36 @@ def lip_term(run, reader, groups, batch):
     return None
 
 
-def weights_content(run, net, audio_encoder, sync, reader, half=False):
-    """What a lipsync checkpoint holds for infer.py and experts.py: plain types and tensors."""
-    dtype = torch.float16 if half else None
+def plain_state(module, half):
+    """A module's state; half: its floats as float16"""
+    state = module.state_dict()
+    if half:
+        state = {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
+    return state
 
-    def state(module):
-        return {name: value.to(dtype) if dtype and value.is_floating_point() else value
-                for name, value in module.state_dict().items()}
+
+def weights_content(run, net, audio_encoder, judges, half=False):
+    """What a lipsync checkpoint holds for infer.py and experts.py: plain types and tensors."""
     notice = ""
     if "whisper" in run.net_config.audio_encoder:
         notice = "openai/whisper encoder, MIT licence, Copyright (c) 2022 OpenAI"
     machine = ("data", "out", "weights", "audio_encoder")
     recipe = {name: value for name, value in dataclasses.asdict(run.config).items()
               if name not in machine}
-    return {"kind": "lipsync", "config": dataclasses.asdict(net.config), "model": state(net),
-            "audio_encoder": {"dims": audio_encoder.dims, "state": state(audio_encoder)},
-            "sync": experts.pack_expert(sync, half), "lip": experts.pack_expert(reader, half),
+    encoder = {"dims": audio_encoder.dims, "state": plain_state(audio_encoder, half)}
+    return {"kind": "lipsync", "config": dataclasses.asdict(net.config),
+            "model": plain_state(net, half), "audio_encoder": encoder,
+            "sync": experts.pack_expert(judges.sync_file, half),
+            "lip": experts.pack_expert(judges.reader, half),
             "about": {"recipe": recipe, "notice": notice, "date": time.strftime("%Y-%m-%d"),
                       "data": f"{len(run.clips)} training clips, {len(run.held_out)} held out"}}
 
 
+@torch.no_grad()
 def save_samples(run, net, encoder, step, rows=6):
     """samples/STEP.png: closed reference | open reference | output | truth, of held-out clips."""
     net.eval()
+    encoder.eval()
     infos = run.held_out or run.clips
     sheet = []
     for info in infos[::max(1, len(infos) // rows)][:rows]:
@@ -1069,9 +1082,11 @@ def save_samples(run, net, encoder, step, rows=6):
         points = data.place_points(clip.landmarks[refs], clip.landmarks[[middle]])
         sound = torch.from_numpy(clip.sound())[None].to(run.device)
         audio = lipsync.AudioSelector(run.net_config)(encoder(sound))[:, middle]  # [1, F, D]
-        with torch.no_grad(), lipsync.autocast(run.device):
+        with lipsync.autocast(run.device):
             made = lipsync.redraw(net, pictures[:-1], pictures[-1:], points, audio)
         sheet.append(np.concatenate([pictures[0], pictures[-2], made[0], pictures[-1]], 1))
+    if not sheet:  # every one of them is broken, which load_or_skip said
+        return
     folder = run.out / "samples"
     folder.mkdir(exist_ok=True)
     cv2.imwrite(str(folder / f"{step:06d}.png"), np.concatenate(sheet)[..., ::-1])
