@@ -524,6 +524,12 @@ def load_networks(path=None, device="cpu"):
         audio_encoder = lipsync.build_audio_encoder(config, content["audio_encoder"])
         sync = load_expert(content.get("sync"))
         reader = load_expert(content.get("lip"))
+        if not content["audio_encoder"]:
+            raise ValueError("no weights of the audio encoder")
+        if not isinstance(sync, SyncXNet | None) or not isinstance(reader, LipReader | None):
+            raise ValueError("an expert stands in the other's place")
+        if sync is not None and sync.config["audio_dim"] != config.audio_dim:
+            raise ValueError("the sync expert takes sound of another width")
     except BadInput:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -940,7 +940,10 @@ def test_a_checkpoint_gives_all_networks_ready_to_use(content, tmp_path):
 @pytest.mark.parametrize("change", (
     {"version": None}, {"version": 1}, {"kind": "sync"}, {"config": {**dataclasses.asdict(CONV), "refs": -3}},
     {"config": {"refz": 3}}, {"config": 7}, {"model": {}}, {"model": None}, {"sync": {"config": {"size": "huge"}, "state": {}}},
-    {"sync": {"config": {"size": "small"}, "state": {"x": 1}}}, {"lip": 3}), ids=str)
+    {"sync": {"config": {"size": "small"}, "state": {"x": 1}}}, {"lip": 3},
+    {"audio_encoder": None}, {"sync": experts.pack_expert(experts.LipReader("small"))},
+    {"sync": experts.pack_expert(experts.SyncXNet("small", audio_dim=D + 1))}, {"lip": experts.pack_expert(experts.SyncXNet("small"))}),
+    ids=lambda change: f"{next(iter(change))} {str(change)[:40]}")
 def test_a_checkpoint_whose_parts_are_wrong_is_refused_in_one_line(change, content, tmp_path):
     torch.save(content | change, tmp_path / "w.pt")
     with pytest.raises(lipsync.BadInput, match="w.pt: ") as caught:
