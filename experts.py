@@ -36,6 +36,7 @@ GROUP = 5  # S, frames that the sync expert sees at once: 200 ms
 MEL_PER_GROUP = GROUP * MEL_PER_FRAME  # 20
 MAX_SHIFT = 15  # frames that a sound is looked for before and after the lips
 VIEW_PX = {"small": 40, "full": 80}  # height of the view; a mouth is about 33 or 66 px wide in it
+STILL_PX = 0.5  # deviation of a still mouth's opening: 0.4 px where a still picture is noisy
 TEMPERATURE = 0.07  # of the multi-way loss (CLIP, 2021)
 LUMA = (0.299, 0.587, 0.114)  # of RGB, BT.601
 
@@ -603,7 +604,7 @@ def measure_opening(opening, wave, found):
     gap, voice = mean_of_5(opening)[whole], mean_of_5(loudness)[whole]
     if len(voice) > 1 and voice.std() > 1e-6:
         result["r_loudness"] = 0.0  # of a still mouth
-        if gap.std() > 1e-6:
+        if gap.std() > STILL_PX:
             result["r_loudness"] = float(np.corrcoef(gap, voice)[0, 1])
     return result
 

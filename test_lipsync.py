@@ -814,6 +814,8 @@ def test_a_still_mouth_follows_no_voice_and_silence_is_no_number_but_valid_json(
     wave = np.random.default_rng(0).normal(size=640 * 50).astype(np.float32) * np.repeat(np.arange(50) % 10, 640) / 10
     found = np.ones(50, bool)
     assert experts.measure_opening(np.full(50, 7.0), wave, found)["r_loudness"] == 0     # 0.985 with zeros beyond the ends
+    unsteady = 7 + 0.3 * wave.reshape(50, 640).std(1)                # a still picture's mouth, as it is tracked: not quite still
+    assert experts.measure_opening(unsteady, wave, found)["r_loudness"] == 0             # 1.0 where any deviation counts
     silent = experts.measure_opening(np.arange(50.0), np.zeros(640 * 50, np.float32), found)
     assert silent["r_loudness"] is None and "NaN" not in json.dumps(silent)
     assert experts.measure_opening(np.arange(3.0), wave, found)["r_loudness"] is None
