@@ -24,6 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from lipsync import LIP_POINTS, BadInput, check
 
 EPSILON = 1e-6  # the patent's guard against a zero denominator; also how near to 0 and 1 a cosine may come inside a log
+STEEPEST = 100.0  # slope of the sync loss, per unit of cosine: that of log at 0.01
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB 0..1, as torchvision's VGG-19 was trained
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LIPS_WEIGHT = 3.0  # of a lip point in mouth_loss, beside 1 of a jaw point
@@ -55,15 +56,25 @@ def sync_loss(audio_embedding, video_embedding, label=1.0):
     Shapes: audio_embedding [B, E] >= 0, video_embedding [B, E] >= 0, label a float or [B] in 0..1 -> scalar >= 0.
     Choice: the label is 1 for pictures that should fit their sound (all that the generator ever asks) and 0 for the
         foreign sound that trains the expert. A probability needs a cosine in 0..1, so the embeddings must not be
-        negative (experts.SyncXNet ends in ReLU); ValueError otherwise. The cosine is kept 1e-6 away from 0 and 1, so
-        the loss lies in 1e-6..13.8.
+        negative (experts.SyncXNet ends in ReLU); ValueError otherwise. The logarithms are safe_log, so the loss lies
+        in 1e-6..13.8.
     """
     probability = cosine(audio_embedding, video_embedding)  # [B]
-    clamped = probability.clamp(EPSILON, 1 - EPSILON)
-    probability = probability + (clamped - probability).detach()  # a clamp alone has no gradient at 0
     if not torch.compiler.is_compiling() and min(audio_embedding.min(), video_embedding.min()) < 0:
         raise ValueError("sync_loss: an embedding has negative components; both must end in ReLU, or the cosine is no probability")
-    return -(label * probability.log() + (1 - label) * (1 - probability).log()).mean()
+    return -(label * safe_log(probability) + (1 - label) * safe_log(1 - probability)).mean()
+
+
+def safe_log(probability):
+    """log(probability) with a gradient everywhere.
+
+    Shapes: probability [B] in 0..1 -> [B] in -13.8..-1e-6.
+    Choice: the probability is kept 1e-6 away from 0 and 1. A clamp has no gradient there; the slope
+        1 / probability has one of 1e6, with which one pair outweighs its batch. So it is at most 100.
+    """
+    value = probability.detach().clamp(EPSILON, 1 - EPSILON)
+    slope = (1 / value).clamp(max=STEEPEST)
+    return value.log() + slope * (probability - probability.detach())
 
 
 # ---- S3(2) lip reading -----------------------------------------------------------------------------------------------
