@@ -759,6 +759,22 @@ def lower_rows(x):
     return x[..., 3 * x.shape[-2] // 8:, :]
 
 
+def join_halves(upper, lower, reach=16, width=5):
+    """The lower half with the step to the upper half taken out, so that no border shows.
+
+    Shapes: upper [B, C, h, W] and lower [B, C, h, W] 0..1 -> lower [B, C, h, W] 0..1.
+    Choice: the step is the difference of the two rows on either side, averaged over width pixels;
+        it is added to the lower half, less with each row, down to nothing at row reach.
+    """
+    step = upper[:, :, -2:].mean(2, keepdim=True) - lower[:, :, :2].mean(2, keepdim=True)
+    margin = width // 2
+    step = fn.pad(step, (margin, margin, 0, 0), mode="replicate")
+    step = fn.avg_pool2d(step, (1, width), 1)                        # [B, C, 1, W]
+    rows = torch.arange(lower.shape[2], device=lower.device, dtype=lower.dtype)
+    share = (1 - rows / reach).clamp(min=0).square()                 # [h]
+    return (lower + step * share[:, None]).clamp(0, 1)
+
+
 # ---------------------------------------------------------------- S2(5) image decoder
 class SPADE(nn.Module):
     """Spatially adaptive denormalisation: normalise, then scale and shift each place by what a map says there.
@@ -859,7 +875,7 @@ class ImageDecoder(nn.Module):
     Choice: SPADE's map is the skip of the same size. The convolution after each (nearest) upsampling is 1x1 and is
         done before it, which is the same sum at a quarter of the cost. With fold = 2 or 4 the last upsamplings are
         one pixel_shuffle after Conv2d. Only the lower half is asked for, so maps keep their lower_rows, and the
-        picture's upper half is the masked frame's. With warp, the last stage sees the draft of ReferenceMix before
+        picture's upper half is the masked frame's, which the lower half joins without a step. With warp, the last stage sees the draft of ReferenceMix before
         it finishes it, and Conv2d's output is added to the draft before the Sigmoid (to its logit), so a decoder
         that says nothing leaves the draft as it is.
     """
@@ -897,8 +913,10 @@ class ImageDecoder(nn.Module):
         x = smooth_blocks(fn.pixel_shuffle(x, self.config.fold), self.config.fold)       # [B, 3, 5/8 H, W]
         if self.mix is not None:
             x = x + draft.float().clamp(1 / 255, 254 / 255).logit()
+        upper = masked[:, :, :H // 2]                                # [B, 3, H/2, W]
         lower = x[:, :, -H // 2:].sigmoid().to(masked)               # [B, 3, H/2, W]
-        return check(torch.cat([masked[:, :, :H // 2], lower], 2), "B 3 H W", "decoder.picture", B=B)
+        picture = torch.cat([upper, join_halves(upper, lower)], 2)
+        return check(picture, "B 3 H W", "decoder.picture", B=B)
 
 
 # ---------------------------------------------------------------- S2 the whole network

@@ -109,7 +109,7 @@ def test_every_class_and_function_says_what_is_the_patents_and_what_is_ours():
                 continue
             if inspect.isclass(thing) and issubclass(thing, torch.nn.Module) or inspect.isfunction(thing) and name in (
                     "log_mel level_sound in_windows encode_batch build_audio_encoder half_mask fold_pixels lower_rows "
-                    "audio_window attention position_code mouth_width smooth_blocks redraw mouth_loss "
+                    "audio_window attention position_code mouth_width smooth_blocks join_halves redraw mouth_loss "
                     "cosine sync_loss lip_reading_loss reconstruction_loss discriminator_loss generator_loss").split():
                 assert "Shapes:" in thing.__doc__ and ("Patent:" in thing.__doc__ or "Choice:" in thing.__doc__), name
             elif inspect.isfunction(thing) and not name.startswith("_"):
@@ -306,6 +306,21 @@ def test_folding_pixels_is_torchs_pixel_unshuffle():
     x = torch.rand(B, 6, 16, 24)
     for fold in (1, 2, 4):
         assert torch.equal(lipsync.fold_pixels(x, fold), fn.pixel_unshuffle(x, fold))
+
+
+def test_the_lower_half_joins_the_upper_without_a_step_and_keeps_its_rest():
+    torch.manual_seed(0)
+    upper = torch.full((B, 3, 64, 40), 0.7) + 0.02 * torch.rand(B, 3, 64, 40)
+    lower = torch.full((B, 3, 64, 40), 0.4) + 0.02 * torch.rand(B, 3, 64, 40)
+    joined = lipsync.join_halves(upper, lower)
+    assert (joined[:, :, 0] - upper[:, :, -1]).abs().mean() < 0.03
+    assert torch.equal(joined[:, :, 16:], lower[:, :, 16:])
+    assert (joined[:, :, 1:] - joined[:, :, :-1]).abs().max() < 0.07  # no new step further down
+
+
+def test_halves_that_fit_are_left_as_they_are():
+    upper = torch.rand(B, 3, 1, 1).expand(B, 3, 64, 40)
+    assert (lipsync.join_halves(upper, upper) - upper).abs().max() < 1e-6
 
 
 # ---------------------------------------------------------------- lips and the warp
