@@ -28,6 +28,7 @@ from torch.nn import functional as fn
 
 import data
 import lipsync
+import media
 from data import BOS, EOS, PAD, VOCABULARY, decode_tokens
 from lipsync import MEL_PER_FRAME, SAMPLES_PER_FRAME, BadInput, check, position_code
 from losses import cosine, lip_reading_loss, sync_loss
@@ -550,7 +551,7 @@ def track_face(path):
     there is none. BadInput if unreadable or without a face."""
     shots = [[]]
     with data.FaceTracker() as tracker:
-        for _, faces, cut in data.track_shots(data.read_frames(path), [tracker]):
+        for _, faces, cut in data.track_shots(media.read_frames(path), [tracker]):
             if cut:
                 shots.append([])
             shots[-1].append(faces)
@@ -570,7 +571,7 @@ def crop_mouths(path, landmarks, height=None):
     in_crop = data.to_crop(data.fill_gaps(landmarks), affines)
     opening = data.mouth_shape(in_crop)[:, 0]
     pictures = []
-    for frame, affine in zip(data.read_frames(path), affines):
+    for frame, affine in zip(media.read_frames(path), affines):
         lower = data.crop(frame, affine)[data.CROP_PX // 2:]
         picture = torch.from_numpy(lower).permute(2, 0, 1)  # [3, 128, 256]
         if height is not None:
@@ -621,7 +622,7 @@ def measure_video(path, networks):
     sync, reader = networks.sync, networks.reader
     device = next(networks.net.parameters()).device
     sizes = {expert.config["size"] for expert in (sync, reader) if expert is not None}
-    wave = lipsync.level_sound(data.read_audio(path))
+    wave = lipsync.level_sound(media.read_audio(path))
     landmarks = track_face(path)
     height = VIEW_PX["small"] if sizes == {"small"} else None
     pictures, opening = crop_mouths(path, landmarks, height)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import data
 import experts
 import lipsync
+import media
 from data import CROP_PX
 from lipsync import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput
 
@@ -101,7 +102,7 @@ def watch(video, limit, face, count, progress):
     picture of the aligned upper face) it resembles most, if nearly enough; else to somebody new."""
     finished, tracks, looks = [], [], []
     with (data.FaceTracker() as even, data.FaceTracker() as odd,
-          contextlib.closing(ahead(data.read_frames(video))) as source):
+          contextlib.closing(ahead(media.read_frames(video))) as source):
         frames = tqdm(itertools.islice(source, limit), "watch", unit=" frames",
                       disable=None if progress else True)
         for frame, faces, cut in data.track_shots(frames, [even, odd]):  # a tracker for each core
@@ -119,7 +120,7 @@ def watch(video, limit, face, count, progress):
     for person in {id(person): person for person in track.people if person}.values():
         some = np.array(person.frames)
         chosen = some[data.select_references(track.points[some], count)]
-        pictures = data.frames_at(video, chosen.tolist())
+        pictures = media.frames_at(video, chosen.tolist())
         person.refs = np.stack([data.crop(pictures[t], track.affines[t]) for t in chosen])
         person.points = track.points[chosen]
     return track
@@ -210,7 +211,7 @@ def play(video, T, count):
         copy = None
         if count > T:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            copy = data.VideoWriter(f"{folder}/copy.mkv", lossless=True)
+            copy = media.VideoWriter(f"{folder}/copy.mkv", lossless=True)
         with copy or contextlib.nullcontext():
             for t, frame in enumerate(hold_last(video, min(T, count))):
                 first = max(0, T - min(SWING, SWING_BYTES // frame.nbytes))
@@ -230,7 +231,7 @@ def play(video, T, count):
 
 def hold_last(video, T):
     """The first T frames of a video; if it now gives fewer, the last one is held."""
-    with contextlib.closing(data.read_frames(video)) as source:
+    with contextlib.closing(media.read_frames(video)) as source:
         t = 0
         for t, frame in enumerate(itertools.islice(source, T), 1):
             yield frame
@@ -243,7 +244,7 @@ def hold_last(video, T):
 def read_copy(path, low, high, shape):
     """Frames low .. high-1 of our own lossless copy -> uint8 [n, H, W, 3]"""
     H, W = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2  # VideoWriter makes sides even
-    command = [data.ffmpeg_exe(), "-v", "error", "-nostdin", "-ss", str(max(0, low - 0.5) / FPS),
+    command = [media.ffmpeg_exe(), "-v", "error", "-nostdin", "-ss", str(max(0, low - 0.5) / FPS),
                "-i", f"file:{path}", "-frames:v", str(high - low), "-f", "rawvideo",
                "-pix_fmt", "rgb24", "pipe:1"]
     content = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
@@ -352,7 +353,7 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
     if not 0.5 <= amplitude <= 2:
         raise BadInput(f"--amplitude {amplitude}: must lie between 0.5 and 2")
     start = time.perf_counter()
-    sound, device = data.read_audio(audio), lipsync.pick_device(device)  # [N]
+    sound, device = media.read_audio(audio), lipsync.pick_device(device)  # [N]
     if not sound.any():
         print(f"{audio}: digital silence, the mouth rests", file=sys.stderr)
     wave = lipsync.level_sound(sound)
@@ -368,8 +369,8 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
     writer = dict(sound=audio, seconds=count / FPS, preset=PRESET)
     with contextlib.ExitStack() as stack:
         movie = compare and compare.suffix.lower() == ".mp4"
-        side = stack.enter_context(data.VideoWriter(compare, **writer)) if movie else None
-        target = stack.enter_context(data.VideoWriter(out, **writer))
+        side = stack.enter_context(media.VideoWriter(compare, **writer)) if movie else None
+        target = stack.enter_context(media.VideoWriter(out, **writer))
         frames = stack.enter_context(contextlib.closing(
             ahead(play(video, len(track.whole), count))))
         drawn = stack.enter_context(contextlib.closing(

@@ -29,6 +29,7 @@ import experts
 import infer
 import lipsync
 import losses
+import media
 import train
 from bench import drawn, evaluate
 from lipsync import AudioSelector, Config, ImageEncoder, LipSync, ModalityFusion, SPADE, check
@@ -1046,7 +1047,7 @@ def truth(video):
 def test_drawn_speakers_speak_their_text_and_differ(demo):
     videos = sorted(demo.glob("*.mp4"))
     assert len(videos) == 6 and all(v.with_suffix(".txt").read_text().split() for v in videos)
-    firsts = [next(data.read_frames(v)) for v in videos[::2]]
+    firsts = [next(media.read_frames(v)) for v in videos[::2]]
     assert all(f.shape == (720, 1280, 3) for f in firsts)
     assert min(np.abs(a.astype(int) - b).mean() for a, b in zip(firsts, firsts[1:])) > 5
 
@@ -1055,7 +1056,7 @@ def test_the_same_seed_draws_the_same_clip(tmp_path):
     for name in ("a", "b"):
         drawn.draw_clip(tmp_path / f"{name}.mp4", drawn.Speaker.draw(4), seed=9, seconds=0.4)
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
-    frames = [np.stack(list(data.read_frames(tmp_path / f"{name}.mp4"))) for name in ("a", "b")]
+    frames = [np.stack(list(media.read_frames(tmp_path / f"{name}.mp4"))) for name in ("a", "b")]
     assert np.array_equal(*frames)
 
 
@@ -1120,7 +1121,7 @@ def test_two_shards_equal_one_run(prepared, tmp_path):
 
 
 def ffmpeg(*words):
-    subprocess.run([data.ffmpeg_exe(), "-nostdin", "-v", "error", "-y", *map(str, words)], check=True)
+    subprocess.run([media.ffmpeg_exe(), "-nostdin", "-v", "error", "-y", *map(str, words)], check=True)
 
 
 def test_odd_videos_are_prepared_and_useless_ones_refused_with_their_reason(demo, tmp_path):
@@ -1152,7 +1153,7 @@ def test_sound_and_frames_stay_aligned_when_the_frame_rate_changes(rate, demo, t
     data.prepare(tmp_path, 1)
     clip, opening = data.load_clip(data.list_clips(tmp_path)[0].path), truth(source)["opening"]
     assert evaluate.lag_of(data.mouth_shape(clip.landmarks)[:, 0], opening[:len(clip)]) == 0
-    sound = data.read_audio(source)[:len(clip.wave)]
+    sound = media.read_audio(source)[:len(clip.wave)]
     delays = [np.dot(clip.wave[8000 + d:40000 + d].astype(np.float64), sound[8000:40000]) for d in range(-800, 801, 4)]
     assert abs(int(np.argmax(delays)) * 4 - 800) <= 640                 # one sample window: 40 ms
 
@@ -1901,10 +1902,10 @@ def dubbing(tmp_path_factory):
     """A folder with clip.mp4 (2 s), long.wav (5 s), short.wav (0.6 s), face.png and random tiny weights."""
     folder = tmp_path_factory.mktemp("corpus")
     drawn.draw_clip(folder / "clip.mp4", drawn.Speaker.draw(1), seed=1, seconds=2)
-    wave = data.read_audio(folder / "clip.mp4")
+    wave = media.read_audio(folder / "clip.mp4")
     soundfile.write(folder / "long.wav", np.tile(wave, 4)[:16000 * 5], 16000)
     soundfile.write(folder / "short.wav", wave[:9600], 16000)
-    cv2.imwrite(str(folder / "face.png"), next(data.read_frames(folder / "clip.mp4"))[..., ::-1])
+    cv2.imwrite(str(folder / "face.png"), next(media.read_frames(folder / "clip.mp4"))[..., ::-1])
     torch.manual_seed(0)
     config = lipsync.PRESETS["tiny"]
     net, ear = lipsync.LipSync(config), lipsync.build_audio_encoder(config)
@@ -1919,7 +1920,7 @@ def networks(dubbing):
 
 
 def frames_of(path):
-    return list(data.read_frames(path))
+    return list(media.read_frames(path))
 
 
 def test_longer_sound_plays_the_frames_forward_backward_forward_bit_equal_to_the_first_reading(dubbing):
@@ -1949,7 +1950,7 @@ def test_the_dubbed_video_is_as_long_as_the_sound(dubbing, networks, tmp_path):
     for sound, count in (("short.wav", 15), ("long.wav", 125)):
         report = infer.dub(dubbing / "clip.mp4", dubbing / sound, tmp_path / "out.mp4", networks, device="cpu")
         assert report["frames"] == count == len(frames_of(tmp_path / "out.mp4"))
-        assert abs(len(data.read_audio(tmp_path / "out.mp4")) - count * 640) < 2048  # AAC pads
+        assert abs(len(media.read_audio(tmp_path / "out.mp4")) - count * 640) < 2048  # AAC pads
 
 
 def test_a_still_picture_is_dubbed(dubbing, networks, tmp_path):
@@ -1992,7 +1993,7 @@ def test_frames_without_a_face_stay_and_are_counted(dubbing, networks, tmp_path)
     frames = frames_of(dubbing / "clip.mp4")
     for frame in frames[20:30]:
         frame[:] = 40
-    with data.VideoWriter(tmp_path / "gap.mp4", fps=25) as writer:
+    with media.VideoWriter(tmp_path / "gap.mp4", fps=25) as writer:
         for frame in frames:
             writer.write(frame)
     report = infer.dub(tmp_path / "gap.mp4", dubbing / "clip.mp4", tmp_path / "out.mp4", networks)
@@ -2014,7 +2015,7 @@ def test_bad_input_names_the_fault_in_one_line_and_leaves_no_file(case, dubbing,
     if case == "weights_code":
         odd.write_bytes(pickle.dumps(print, 2))
     if case in ("no_face", "audio_silentvideo"):
-        with data.VideoWriter(odd) as writer:
+        with media.VideoWriter(odd) as writer:
             for _ in range(5):
                 writer.write(np.full((120, 160, 3), 90, np.uint8))
     video = {"video_missing": tmp_path / "no.mp4", "video_folder": tmp_path}.get(case, odd if case in
@@ -2103,7 +2104,7 @@ def test_every_shot_is_tracked_and_cropped_for_itself_and_no_frame_is_kept_back(
     assert np.flatnonzero(np.diff(track.shots)).tolist() == [cut - 1 for cut in cuts]
     assert track.whole.all()
     with data.FaceTracker() as tracker:
-        for t, frame in enumerate(data.read_frames(video)):
+        for t, frame in enumerate(media.read_frames(video)):
             if min(abs(t - cut) for cut in cuts) > 10:
                 continue
             tracker.forget()                      # sees this frame alone
@@ -2126,7 +2127,7 @@ def test_a_dub_across_cuts_keeps_everything_outside_the_masks_and_draws_one_mout
     video = film(people, "vlog_cuts.mp4", MIRRORED, "a")
     report = infer.dub(video, people / "a.wav", tmp_path / "out.mp4", networks)
     assert report["kept"] == 0 and report["reasons"] == {}
-    for before, after in zip(data.read_frames(video), data.read_frames(tmp_path / "out.mp4")):
+    for before, after in zip(media.read_frames(video), media.read_frames(tmp_path / "out.mp4")):
         with_face = np.abs(before.astype(int) - after).max(2) > 40
         rows, columns = np.nonzero(with_face)
         if len(rows):                             # changes lie in one place of a mouth's size
@@ -2148,7 +2149,7 @@ def test_lying_and_upside_down_faces_are_tracked_where_they_are(people):
         video = film(people, f"{name}.mp4", f"[0:v]trim=0:1,{turn}", "a")
         track = infer.watch(video, 20, None, 3, False)
         assert track.whole.all()
-        frame, plain = next(data.read_frames(video)), next(data.read_frames(people / "a.mp4"))
+        frame, plain = next(media.read_frames(video)), next(media.read_frames(people / "a.mp4"))
         crops = data.crop(frame, track.affines[0]), data.crop(plain, upright.affines[0])
         assert np.abs(crops[0].astype(float) - crops[1])[60:200, 60:196].mean() < 12, name
 
@@ -2156,7 +2157,7 @@ def test_lying_and_upside_down_faces_are_tracked_where_they_are(people):
 def test_a_picture_that_changes_its_size_is_fitted_not_stretched():
     frame = np.zeros((20, 40, 3), np.uint8)
     frame[:, :] = 200
-    fitted = data.fit(frame, 30, 30)
+    fitted = media.fit(frame, 30, 30)
     assert fitted.shape == (30, 30, 3) and (fitted[8:22] > 190).all() and not fitted[:7].any() and not fitted[23:].any()
 
 
@@ -2224,12 +2225,12 @@ def test_where_sound_or_pictures_begin_first_both_stay_in_their_places_also_in_w
            "-f", "lavfi", "-i", "sine=1000:r=48000:d=3,volume='if(between(t,2,2.08),1,0)':eval=frame", "-filter_complex", cut,
            "-map", "[v]", "-map", "[a]", "-c:v", "libx264", "-g", 25, "-pix_fmt", "yuv420p", "-c:a", "aac", path)
     frames = frames_of(path)
-    with data.VideoWriter(written, path, seconds=len(frames) / 25) as writer:
+    with media.VideoWriter(written, path, seconds=len(frames) / 25) as writer:
         for frame in frames:
             writer.write(frame)
     flash = np.argmax([frame.mean() > 200 for frame in frames]) / 25
     for heard in (path, written):
-        beep = np.argmax(np.abs(data.read_audio(heard)) > 0.02) / 16000
+        beep = np.argmax(np.abs(media.read_audio(heard)) > 0.02) / 16000
         assert abs(flash - beep) <= 0.045, heard
 
 
@@ -2237,24 +2238,24 @@ def test_a_sound_with_holes_of_no_number_is_heard_and_written(tmp_path):
     wave = np.sin(np.arange(16000) / 10).astype(np.float32)
     wave[8000:8100] = np.nan
     soundfile.write(tmp_path / "holes.wav", wave, 16000, subtype="FLOAT")
-    with data.VideoWriter(tmp_path / "out.mp4", tmp_path / "holes.wav", seconds=1) as writer:
+    with media.VideoWriter(tmp_path / "out.mp4", tmp_path / "holes.wav", seconds=1) as writer:
         writer.write(np.zeros((64, 64, 3), np.uint8))
     for heard in (tmp_path / "holes.wav", tmp_path / "out.mp4"):
-        assert data.read_audio(heard)[:7000].std() == pytest.approx(wave[:7000].std(), rel=0.1)
+        assert media.read_audio(heard)[:7000].std() == pytest.approx(wave[:7000].std(), rel=0.1)
 
 
 def test_two_voices_of_which_each_has_a_channel_are_both_heard(tmp_path):
     wave, rng = np.zeros((32000, 2), np.float32), np.random.default_rng(0)
     wave[:16000, 0], wave[16000:, 1] = rng.normal(0, 0.1, 16000), rng.normal(0, 0.03, 16000)
     soundfile.write(tmp_path / "interview.wav", wave, 16000)
-    heard = data.read_audio(tmp_path / "interview.wav").reshape(2, -1).std(1)
+    heard = media.read_audio(tmp_path / "interview.wav").reshape(2, -1).std(1)
     assert heard[1] / heard[0] == pytest.approx(0.3, rel=0.1)
 
 
 def test_a_voice_is_as_loud_wherever_the_channels_carry_it(people, tmp_path):
     mono = tmp_path / "mono.wav"
     ffmpeg("-i", people / "a.wav", "-ac", 1, "-ar", 48000, mono)
-    level = lambda path: 20 * math.log10(np.sqrt((data.read_audio(path) ** 2).mean()))
+    level = lambda path: 20 * math.log10(np.sqrt((media.read_audio(path) ** 2).mean()))
     expected = level(mono)
     for name, pan in (("opposite", "stereo|c0=c0|c1=-1*c0"), ("twice", "stereo|c0=c0|c1=c0"), ("left", "stereo|c0=c0"), ("centre", "5.1|FC=c0"), ("wide", "7.1|FC=c0")):
         ffmpeg("-i", mono, "-af", f"pan={pan}", tmp_path / f"{name}.wav")
@@ -2264,13 +2265,13 @@ def test_a_voice_is_as_loud_wherever_the_channels_carry_it(people, tmp_path):
 def test_the_default_track_is_heard_not_the_first(people, tmp_path):
     ffmpeg("-i", people / "a.mp4", "-f", "lavfi", "-i", "anullsrc=r=48000", "-i", people / "a.wav", "-map", "0:v", "-map", "1:a", "-map", "2:a", "-t", 1.5, "-c:v", "copy",
            "-c:a", "aac", "-disposition:a:0", 0, "-disposition:a:1", "default", tmp_path / "tracks.mp4")
-    assert np.abs(data.read_audio(tmp_path / "tracks.mp4")).max() > 0.05
+    assert np.abs(media.read_audio(tmp_path / "tracks.mp4")).max() > 0.05
 
 
 def test_the_output_carries_the_given_sound_at_its_own_rate_and_in_stereo(dubbing, networks, tmp_path):
     ffmpeg("-i", dubbing / "short.wav", "-af", "pan=stereo|c0=c0|c1=0.25*c0", "-ar", 44100, tmp_path / "stereo.wav")
     infer.dub(dubbing / "clip.mp4", tmp_path / "stereo.wav", tmp_path / "out.mp4", networks)
-    log = subprocess.run([data.ffmpeg_exe(), "-i", tmp_path / "out.mp4"], stderr=subprocess.PIPE, text=True).stderr
+    log = subprocess.run([media.ffmpeg_exe(), "-i", tmp_path / "out.mp4"], stderr=subprocess.PIPE, text=True).stderr
     assert "44100 Hz, stereo" in log, log
 
 

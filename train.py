@@ -36,6 +36,7 @@ import data
 import experts
 import lipsync
 import losses
+import media
 from lipsync import BadInput
 
 STAGES = ("sync", "lip", "mouth", "generator")
@@ -293,7 +294,7 @@ def prepare_features(run, noisy=False):
             continue
         wave = clip.sound()
         if noise:
-            rng = np.random.default_rng([run.config.seed, data.hash_of(path.name)])
+            rng = np.random.default_rng([run.config.seed, media.hash_of(path.name)])
             wave = data.corrupt_sound(wave, rng)
         features = run.audio_encoder(torch.from_numpy(wave)[None].to(run.device))[0]  # [T, D]
         missing = max(0, len(clip) - len(features))

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data import VideoWriter
+import media
 from lipsync import FPS, SAMPLE_RATE
 
 # ---- who speaks ---------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def draw_clip(path, speaker, seed, seconds=5.0):
     shut = np.cumsum(rng.uniform(1, 4, len(mouth) // FPS + 2))  # s: a blink each 1 to 4 s
     blink = bell(np.subtract.outer(times, shut), 0.06).max(1)
     portrait = portrait_of(speaker)
-    with VideoWriter(path, sound) as video:
+    with media.VideoWriter(path, sound) as video:
         for shape, *moment in zip(mouth, pose, blink):
             video.write(render(portrait, shape, *moment))
     words = [syllable for syllable, _, _ in syllables]
