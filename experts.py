@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as fn
 
 import data
+import faces
 import lipsync
 import media
 from data import BOS, EOS, PAD, VOCABULARY, decode_tokens
@@ -550,12 +551,12 @@ def track_face(path):
     """One face of a video, in each shot the largest: landmarks float32 [T, K, 3] px, NaN where
     there is none. BadInput if unreadable or without a face."""
     shots = [[]]
-    with data.FaceTracker() as tracker:
-        for _, faces, cut in data.track_shots(media.read_frames(path), [tracker]):
+    with faces.FaceTracker() as tracker:
+        for _, found, cut in faces.track_shots(media.read_frames(path), [tracker]):
             if cut:
                 shots.append([])
-            shots[-1].append(faces)
-    landmarks = np.concatenate([data.follow_face(shot) for shot in shots])
+            shots[-1].append(found)
+    landmarks = np.concatenate([faces.follow_face(shot) for shot in shots])
     if not np.isfinite(landmarks).any():
         raise BadInput(f"{path}: no face found")
     return landmarks
@@ -567,12 +568,12 @@ def crop_mouths(path, landmarks, height=None):
 
     height: only the mouth view of that height. All stay in memory: 98 KB a frame, 9.6 at height 40.
     """
-    affines = data.smooth_affines(landmarks)
-    in_crop = data.to_crop(data.fill_gaps(landmarks), affines)
-    opening = data.mouth_shape(in_crop)[:, 0]
+    affines = faces.smooth_affines(landmarks)
+    in_crop = faces.to_crop(faces.fill_gaps(landmarks), affines)
+    opening = faces.mouth_shape(in_crop)[:, 0]
     pictures = []
     for frame, affine in zip(media.read_frames(path), affines):
-        lower = data.crop(frame, affine)[data.CROP_PX // 2:]
+        lower = faces.crop(frame, affine)[faces.CROP_PX // 2:]
         picture = torch.from_numpy(lower).permute(2, 0, 1)  # [3, 128, 256]
         if height is not None:
             view = mouth_view(picture[None].float(), height)

@@ -30,11 +30,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import experts
+import faces
 import lipsync
 import media
-from data import CROP_PX
 from lipsync import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput
 
 BATCH, QUEUE = 8, 12  # frames that go through the network together; that wait between two stages
@@ -46,7 +45,8 @@ PRESET = "superfast"  # of x264: a quarter cheaper than veryfast, at the same qu
 SAME_PERSON = 20.0  # mean difference of two looks, 0..255, up to which they are of one person
 LOOK_PX = 16  # side of the small upper face by which people are told apart
 STEADY = 1.0  # frames: sigma of the smoothing of a face's points over time
-MASK_TOP, RAMP, FEATHER = CROP_PX // 2, 22, 6.0  # crop px: first row drawn; rows that fade in; rim
+# crop px: first row drawn; rows that fade in; rim
+MASK_TOP, RAMP, FEATHER = faces.CROP_PX // 2, 22, 6.0
 CHIN_ROOM, CHEEK = 12, 0.4  # the mask's rim: crop px lower at the chin, share narrower
 TINT_PX, TINT_SIGMA, TINT_TRUST = 32, 6.0, 10.0  # colour match: map's size, blur; step still a tint
 
@@ -101,17 +101,17 @@ def watch(video, limit, face, count, progress):
     Shots of the same person share references: a shot belongs to the person whose look (a small
     picture of the aligned upper face) it resembles most, if nearly enough; else to somebody new."""
     finished, tracks, looks = [], [], []
-    with (data.FaceTracker() as even, data.FaceTracker() as odd,
+    with (faces.FaceTracker() as even, faces.FaceTracker() as odd,
           contextlib.closing(ahead(media.read_frames(video))) as source):
         frames = tqdm(itertools.islice(source, limit), "watch", unit=" frames",
                       disable=None if progress else True)
-        for frame, faces, cut in data.track_shots(frames, [even, odd]):  # a tracker for each core
+        for frame, found, cut in faces.track_shots(frames, [even, odd]):  # a tracker for each core
             if cut:
                 finished.append(finish_shot(tracks, looks, face, frame.shape))
                 tracks, looks = [], []
             if len(tracks) % FPS == 0 or not looks:
-                looks += [(len(tracks), points, small_face(frame, points)) for points in faces]
-            tracks.append(faces)
+                looks += [(len(tracks), points, small_face(frame, points)) for points in found]
+            tracks.append(found)
         finished.append(finish_shot(tracks, looks, face, frame.shape))
     track = join_shots(finished, face)
     if not track.whole.any():
@@ -119,16 +119,16 @@ def watch(video, limit, face, count, progress):
                        "whole of its lower half")
     for person in {id(person): person for person in track.people if person}.values():
         some = np.array(person.frames)
-        chosen = some[data.select_references(track.points[some], count)]
+        chosen = some[faces.select_references(track.points[some], count)]
         pictures = media.frames_at(video, chosen.tolist())
-        person.refs = np.stack([data.crop(pictures[t], track.affines[t]) for t in chosen])
+        person.refs = np.stack([faces.crop(pictures[t], track.affines[t]) for t in chosen])
         person.points = track.points[chosen]
     return track
 
 
 def small_face(frame, points):
     """-> float32 [16, 16, 3]: the upper half of the face's crop, small"""
-    upper = data.crop(frame, data.smooth_affines(points[None])[0])[:CROP_PX // 2]
+    upper = faces.crop(frame, faces.smooth_affines(points[None])[0])[:faces.CROP_PX // 2]
     return cv2.resize(upper, (LOOK_PX, LOOK_PX), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
@@ -136,13 +136,13 @@ def finish_shot(tracks, looks, face, shape):
     """A shot's tracks -> (points [T, K, 3] frame px, whole [T], look or None, number of people).
 
     The largest face whose lower half is inside the picture; with `face` the one of that number."""
-    people = data.group_people(tracks)
+    people = faces.group_people(tracks)
     if face is None:
         fit = [person for person in people if np.mean(inside(person, shape)) > 0.5]
-        people_left = sorted(fit or people, key=data.person_size)[-1:]
+        people_left = sorted(fit or people, key=faces.person_size)[-1:]
     else:
         people_left = people[face:face + 1]
-    points = np.full((len(tracks), data.K, 3), np.nan, np.float32)
+    points = np.full((len(tracks), faces.K, 3), np.nan, np.float32)
     whole = np.zeros(len(tracks), bool)
     for person in people_left:
         whole[[t for t, _ in person]] = inside(person, shape)
@@ -156,9 +156,9 @@ def finish_shot(tracks, looks, face, shape):
 def inside(person, shape):
     """person: list of (t, points [K, 3]) -> bool [n]: are the lips in the picture, and the jaw but
     for a little of it?"""
-    place = np.stack([points[data.MOUTH, :2] for _, points in person])
+    place = np.stack([points[faces.MOUTH, :2] for _, points in person])
     place = place / np.float32([shape[1], shape[0]])  # 0..1
-    room = np.full((len(data.MOUTH), 1), 0.1)  # jaw
+    room = np.full((len(faces.MOUTH), 1), 0.1)  # jaw
     room[:lipsync.LIP_POINTS] = 0.0
     return ((place > -room) & (place < 1 + room)).all((1, 2))
 
@@ -182,9 +182,9 @@ def join_shots(finished, face):
                 persons.append(person := Person(look))
         if person is not None:
             person.frames += (start + np.flatnonzero(inner)).tolist()
-            motion = data.smooth_affines(landmarks)
+            motion = faces.smooth_affines(landmarks)
             affines.append(motion)
-            points.append(data.to_crop(landmarks, motion))
+            points.append(faces.to_crop(landmarks, motion))
         else:
             affines.append(np.zeros((T, 2, 3), np.float32))
             points.append(np.full_like(landmarks, np.nan))
@@ -264,9 +264,9 @@ def redraw_frames(frames, track, net, features, amplitude):
             group = [(i, t, frame) for i, (t, frame) in group if track.whole[t]]
             if not group:
                 continue
-            crops = np.stack([data.crop(frame, track.affines[t]) for _, t, frame in group])
-            faces = np.stack([track.steady_points(t) for _, t, _ in group])  # [B, K, 3]
-            points = data.place_points(person.points, faces)  # [B, R, 2, K, 2]
+            crops = np.stack([faces.crop(frame, track.affines[t]) for _, t, frame in group])
+            landmarks = np.stack([track.steady_points(t) for _, t, _ in group])  # [B, K, 3]
+            points = faces.place_points(person.points, landmarks)  # [B, R, 2, K, 2]
             audio = select(features, torch.tensor([[i for i, _, _ in group]]))[0]  # [B, F, D]
             pictures = lipsync.redraw(net, person.refs, crops, points, audio, amplitude)
             redrawn |= {i: pair for (i, _, _), pair in zip(group, zip(crops, pictures))}
@@ -277,7 +277,7 @@ def redraw_frames(frames, track, net, features, amplitude):
 # ---- blend -----------------------------------------------------------------------------------------
 def face_outline(points):
     """Points [K, 3] crop px -> the lower face's rim [21, 2], its chin lowered, its cheeks narrower"""
-    jaw, mouth = points[data.JAW, :2].copy(), points[data.LIPS_OUTER, :2].mean(0)
+    jaw, mouth = points[faces.JAW, :2].copy(), points[faces.LIPS_OUTER, :2].mean(0)
     below = jaw[:, 1] - mouth[1]
     jaw[:, 1] += CHIN_ROOM * (below / below.max()).clip(0, 1)
     jaw[:, 0] += CHEEK * (mouth[0] - jaw[:, 0])
@@ -287,11 +287,12 @@ def face_outline(points):
 def face_mask(outline):
     """Outline [n, 2] crop px -> uint8 [256, 256]: 255 on the lower face, soft at the rim, 0 above
     MASK_TOP."""
-    mask = np.zeros((CROP_PX // 2, CROP_PX // 2), np.uint8)  # half size: it is soft anyway
+    # half size: it is soft anyway
+    mask = np.zeros((faces.CROP_PX // 2, faces.CROP_PX // 2), np.uint8)
     cv2.fillConvexPoly(mask, cv2.convexHull(np.round(outline / 2).astype(np.int32)), 255)
-    mask = cv2.resize(cv2.GaussianBlur(mask, (0, 0), FEATHER / 2), (CROP_PX, CROP_PX))
-    ramp = ((np.arange(CROP_PX) - MASK_TOP) / RAMP).clip(0, 1).astype(np.float32)
-    return cv2.multiply(mask, np.repeat(ramp[:, None], CROP_PX, 1), dtype=cv2.CV_8U)
+    mask = cv2.resize(cv2.GaussianBlur(mask, (0, 0), FEATHER / 2), (faces.CROP_PX, faces.CROP_PX))
+    ramp = ((np.arange(faces.CROP_PX) - MASK_TOP) / RAMP).clip(0, 1).astype(np.float32)
+    return cv2.multiply(mask, np.repeat(ramp[:, None], faces.CROP_PX, 1), dtype=cv2.CV_8U)
 
 
 def match_colour(crop, picture, mask):
@@ -302,7 +303,7 @@ def match_colour(crop, picture, mask):
     rim = (share * (255 - share) / 255 ** 2)[..., None]
     rim = rim * np.exp(-(step / TINT_TRUST) ** 2).min(2, keepdims=True)  # large: things moved
     both = cv2.GaussianBlur(np.concatenate([step * rim, rim], 2), (0, 0), TINT_SIGMA)
-    tint = cv2.resize(both[..., :3] / (both[..., 3:] + 1e-3), (CROP_PX, CROP_PX))
+    tint = cv2.resize(both[..., :3] / (both[..., 3:] + 1e-3), (faces.CROP_PX, faces.CROP_PX))
     return cv2.add(picture, tint, dtype=cv2.CV_8U)  # rounds, and stays within 0..255
 
 
@@ -388,12 +389,13 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
             target.write(dubbed)
             changed.append(picture is not None)
             if networks.sync is not None and i < SYNC_SECONDS * FPS:
-                lips.append(data.crop(dubbed, track.affines[t])[CROP_PX // 2:]
-                            if picture is not None else np.zeros((CROP_PX // 2, CROP_PX, 3), np.uint8))
+                lips.append(faces.crop(dubbed, track.affines[t])[faces.CROP_PX // 2:]
+                            if picture is not None
+                            else np.zeros((faces.CROP_PX // 2, faces.CROP_PX, 3), np.uint8))
             if side:
                 side.write(np.concatenate([frame, dubbed], 1))
             elif compare and i in moments and picture is not None:
-                strip.append(np.concatenate([crop, data.crop(dubbed, track.affines[t])]))
+                strip.append(np.concatenate([crop, faces.crop(dubbed, track.affines[t])]))
     seconds = time.perf_counter() - start
     report = dict(out=str(out), frames=count, seconds=seconds, fps=count / seconds,
                   first_frame_s=first_frame_s, kept=sum(map(len, kept.values())),
@@ -417,7 +419,8 @@ def reference_sheet(track, net):
     rows = []
     for person in {id(person): person for person in track.people if person}.values():
         middle = person.frames[len(person.frames) // 2]
-        points = data.place_points(person.points, track.steady_points(middle)[None])  # [1, R, 2, K, 2]
+        points = faces.place_points(person.points,
+                                    track.steady_points(middle)[None])  # [1, R, 2, K, 2]
         refs = torch.from_numpy(person.refs).permute(0, 3, 1, 2)[None] / 255
         source, posed = torch.from_numpy(points).unbind(2)
         moved = net.warp(refs, source, posed)[0]  # [R, 3, 256, 256]

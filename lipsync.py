@@ -927,7 +927,7 @@ class LipSync(nn.Module):
     Shapes: refs [B, R, 3, H, W] 0..1, the most closed mouth first; masked [B, 3, H, W] 0..1 (its lower half is not
         read); audio [B, F, D] the selected features; amplitude float or [B] (1 = as spoken, > 1 wider);
         points [B, R, 2, K, 2] (x, y) in picture widths, 0..1 inside the picture: at [:, :, 0] where a face's K points
-        lie in each reference, at [:, :, 1] where they would lie with the frame's head pose (data.place_points);
+        lie in each reference, at [:, :, 1] where they would lie with the frame's head pose (faces.place_points);
         the first P of K are lips and jaw -> picture [B, 3, H, W] 0..1.
     Choice: S2(4)a-f come first, since they need the sound alone: they say where the lips are (LipHead), and the
         references are warped to the frame's head pose and to those lips before anything looks at them. points=None:

@@ -26,6 +26,7 @@ from torch.nn import functional as fn
 
 import data
 import experts
+import faces
 import infer
 import lipsync
 import losses
@@ -1064,7 +1065,7 @@ def test_mediapipe_sees_the_drawn_mouth_open_and_close_as_the_truth_says(prepare
     for info in data.list_clips(prepared):
         clip = data.load_clip(info.path)
         assert clip.found.mean() >= 0.99
-        opening, width, _ = data.mouth_shape(clip.landmarks).T
+        opening, width, _ = faces.mouth_shape(clip.landmarks).T
         assert np.corrcoef(opening, truth(prepared / clip.source)["opening"])[0, 1] >= 0.95
         assert np.corrcoef(width, truth(prepared / clip.source)["width"])[0, 1] >= 0.88
 
@@ -1086,11 +1087,11 @@ def test_clips_are_upright_crops_with_the_mouth_in_the_lower_half(prepared):
     for info in data.list_clips(prepared):
         clip = data.load_clip(info.path)
         assert (info.source, info.text, info.frames) == (clip.source, clip.text, len(clip))
-        assert clip.landmarks.shape == (125, data.K, 3)
+        assert clip.landmarks.shape == (125, faces.K, 3)
         assert len(clip) == 125 and clip.frame(3).shape == (256, 256, 3) and clip.mel.shape == (80, 500) and len(clip.wave) == 80000
         assert clip.text == (prepared / clip.source).with_suffix(".txt").read_text().strip()
-        assert (clip.landmarks[:, data.LIPS_OUTER, 1] > 128).all()
-        eyes = clip.landmarks[:, data.EYE_CORNERS[1]] - clip.landmarks[:, data.EYE_CORNERS[0]]
+        assert (clip.landmarks[:, faces.LIPS_OUTER, 1] > 128).all()
+        eyes = clip.landmarks[:, faces.EYE_CORNERS[1]] - clip.landmarks[:, faces.EYE_CORNERS[0]]
         assert np.degrees(np.abs(np.arctan2(eyes[:, 1], eyes[:, 0]))).max() < 4
 
 
@@ -1152,7 +1153,7 @@ def test_sound_and_frames_stay_aligned_when_the_frame_rate_changes(rate, demo, t
     ffmpeg("-i", source, *rate, "-c:a", "copy", tmp_path / "other.mkv")
     data.prepare(tmp_path, 1)
     clip, opening = data.load_clip(data.list_clips(tmp_path)[0].path), truth(source)["opening"]
-    assert evaluate.lag_of(data.mouth_shape(clip.landmarks)[:, 0], opening[:len(clip)]) == 0
+    assert evaluate.lag_of(faces.mouth_shape(clip.landmarks)[:, 0], opening[:len(clip)]) == 0
     sound = media.read_audio(source)[:len(clip.wave)]
     delays = [np.dot(clip.wave[8000 + d:40000 + d].astype(np.float64), sound[8000:40000]) for d in range(-800, 801, 4)]
     assert abs(int(np.argmax(delays)) * 4 - 800) <= 640                 # one sample window: 40 ms
@@ -1184,24 +1185,24 @@ def test_yolo_boxes_are_decoded_and_doubles_suppressed():
     for anchor, row in ((5, (320, 200, 100, 80, 0.9)), (6, (322, 202, 100, 80, 0.8)), (70, (100, 500, 40, 60, 0.7)), (9, (50, 50, 9, 9, 0.2))):
         output[0, :5, anchor] = row
     output[0, 5:8, 5] = (300, 190, 1)
-    boxes, scores, points = data.decode_yolo(output, scale=0.5, pad=(0, 140))
+    boxes, scores, points = faces.decode_yolo(output, scale=0.5, pad=(0, 140))
     assert scores.tolist() == pytest.approx([0.9, 0.7])
     assert boxes[0].tolist() == pytest.approx([540, 40, 740, 200]) and boxes[1].tolist() == pytest.approx([160, 660, 240, 780])
     assert points[0, 0, :2].tolist() == pytest.approx([600, 100])
 
 
-# ---------------------------------------------------------------- data: references and samples
+# ---------------------------------------------------------------- faces, data: references and samples
 def face(opening=0.0, width=0.0, count=1):
     """Some face: the first frame of the drawn geometry, mouth moved in px. -> float32 [count, K, 3]"""
     rng = np.random.default_rng(1)
-    points = rng.uniform(40, 216, (data.K, 3))
-    points[data.UPPER, 1] = rng.uniform(20, 120, len(data.UPPER))
-    points[data.EYE_CORNERS] = [(80, 90, 0), (176, 90, 0)]
-    points[data.MOUTH] = (128, 165, 0)
+    points = rng.uniform(40, 216, (faces.K, 3))
+    points[faces.UPPER, 1] = rng.uniform(20, 120, len(faces.UPPER))
+    points[faces.EYE_CORNERS] = [(80, 90, 0), (176, 90, 0)]
+    points[faces.MOUTH] = (128, 165, 0)
     points = np.repeat(points[None], count, 0)
-    points[:, data.INNER_LIPS[1], 1] += opening
-    points[:, data.MOUTH_CORNERS[0], 0] -= 30 + np.asarray(width) / 2
-    points[:, data.MOUTH_CORNERS[1], 0] += 30 + np.asarray(width) / 2
+    points[:, faces.INNER_LIPS[1], 1] += opening
+    points[:, faces.MOUTH_CORNERS[0], 0] -= 30 + np.asarray(width) / 2
+    points[:, faces.MOUTH_CORNERS[1], 0] += 30 + np.asarray(width) / 2
     return points.astype(np.float32)
 
 
@@ -1209,13 +1210,13 @@ def test_references_are_the_most_closed_mouth_then_open_spread_and_rounded_ones(
     opening, width = np.full(100, 2.0), np.zeros(100)
     opening[20:25], opening[40:45], width[60:65], width[80:85] = 0, 25, 20, -20
     points = face(opening, width, 100)
-    chosen = data.select_references(points, 4)
+    chosen = faces.select_references(points, 4)
     assert [int(frame) // 20 for frame in chosen] == [1, *sorted({2, 3, 4}, key=[*chosen[1:] // 20].index)]
-    assert np.array_equal(chosen, data.select_references(points, 4))
+    assert np.array_equal(chosen, faces.select_references(points, 4))
     for seed in range(30):
-        some = data.select_references(points, 3, exclude=np.arange(44, 56), rng=np.random.default_rng(seed))
+        some = faces.select_references(points, 3, exclude=np.arange(44, 56), rng=np.random.default_rng(seed))
         assert ((some < 40) | (some >= 60)).all()
-    one = data.select_references(points[:1], 3)
+    one = faces.select_references(points[:1], 3)
     assert one.tolist() == [0, 0, 0]
 
 
@@ -1223,23 +1224,23 @@ def test_a_turned_or_moving_head_is_no_reference_where_the_same_mouth_is_seen_fr
     opening = np.zeros(60)
     opening[10:20] = opening[30:40] = 20
     points = face(opening, 0, 60)
-    points[30:40, data.NOSE_TIP, 0] += 30         # looks aside
-    assert 10 <= data.select_references(points, 2)[1] < 20
+    points[30:40, faces.NOSE_TIP, 0] += 30         # looks aside
+    assert 10 <= faces.select_references(points, 2)[1] < 20
     points = face(opening, 0, 60)
     points[30:40, :, 0] += 8 * (np.arange(10)[:, None] % 2)          # shakes
-    assert 10 <= data.select_references(points, 2)[1] < 20
+    assert 10 <= faces.select_references(points, 2)[1] < 20
 
 
 def test_head_motion_brings_turned_points_back_to_a_hundredth_of_a_pixel():
-    reference = np.random.default_rng(0).uniform(0, 256, (4, data.K, 3)).astype(np.float32)
+    reference = np.random.default_rng(0).uniform(0, 256, (4, faces.K, 3)).astype(np.float32)
     turns = [cv2.Rodrigues(np.float64(axis))[0] for axis in ((0.4, 0, 0), (0, -0.5, 0.1), (0.1, 0.2, 0.3), (0, 0, 2.0))]
     frame = np.stack([1.1 * points @ turn.T + (5, -7, 3) for points, turn in zip(reference, turns)])
     open_mouth = frame.copy()
-    open_mouth[:, data.MOUTH] += 30               # what the mouth does must not matter
-    moved = data.head_motion(reference, open_mouth)
+    open_mouth[:, faces.MOUTH] += 30               # what the mouth does must not matter
+    moved = faces.head_motion(reference, open_mouth)
     assert moved.shape == frame.shape and np.abs(moved - frame).max() < 0.01
-    frame[1, data.UPPER[0]] = np.nan
-    missing = data.head_motion(reference, frame)
+    frame[1, faces.UPPER[0]] = np.nan
+    missing = faces.head_motion(reference, frame)
     assert np.isnan(missing[1]).all() and np.isfinite(missing[[0, 2, 3]]).all()
 
 
@@ -1247,24 +1248,24 @@ def test_a_reference_with_the_frames_head_pose_lies_on_the_drawn_face(prepared):
     errors = []
     for info in data.list_clips(prepared):
         points = data.load_clip(info.path).landmarks
-        moved = data.head_motion(points[:1], points)
-        errors.append([np.linalg.norm((there - points)[:, data.JAW, :2], axis=-1).mean() for there in (points[:1], moved)])
+        moved = faces.head_motion(points[:1], points)
+        errors.append([np.linalg.norm((there - points)[:, faces.JAW, :2], axis=-1).mean() for there in (points[:1], moved)])
     plain, posed = np.mean(errors, 0)
     assert posed < 0.7 * plain, (plain, posed)
 
 
 def test_points_are_where_each_reference_lies_and_where_the_frames_head_pose_puts_it():
     rng = np.random.default_rng(2)
-    references, frames = (rng.uniform(0, 256, (n, data.K, 3)).astype(np.float32) for n in (R, S))
-    points = data.place_points(references, frames)
-    assert points.shape == (S, R, 2, data.K, 2)
+    references, frames = (rng.uniform(0, 256, (n, faces.K, 3)).astype(np.float32) for n in (R, S))
+    points = faces.place_points(references, frames)
+    assert points.shape == (S, R, 2, faces.K, 2)
     assert np.allclose(points[2, :, 0], references[..., :2] / 256, atol=1e-6)
-    assert np.allclose(points[1, 3, 1], data.head_motion(references[3], frames[1])[:, :2] / 256, atol=1e-6)
+    assert np.allclose(points[1, 3, 1], faces.head_motion(references[3], frames[1])[:, :2] / 256, atol=1e-6)
 
 
 def test_mirrored_points_lie_on_the_mirrored_picture_and_keep_their_names():
     points = data.mirror(face())
-    right, left = points[0, data.MOUTH_CORNERS]
+    right, left = points[0, faces.MOUTH_CORNERS]
     assert right[0] < left[0] and np.allclose(data.mirror(points), face(), atol=1e-4)
 
 
@@ -1292,7 +1293,7 @@ def test_a_sample_depends_on_seed_and_number_only_and_has_the_documented_shapes(
     first, again, other = make()[7], make()[7], make(1)[7]
     assert all(torch.equal(first[k], again[k]) for k in first) and not torch.equal(first["target"], other["target"])
     assert first["refs"].shape == (3, 3, 128, 128) and first["target"].shape == (S, 3, 128, 128) and first["target"].dtype == torch.uint8
-    assert first["points"].shape == (S, 3, 2, data.K, 2) and first["lips"].shape == (S, len(data.MOUTH), 2)
+    assert first["points"].shape == (S, 3, 2, faces.K, 2) and first["lips"].shape == (S, len(faces.MOUTH), 2)
     assert first["mel"].shape == (80, 500) and first["window"].shape == (S, 11) and first["sync"].shape == (80, 4 * S)
     assert first["mouth"].shape == (S, 4) and first["amplitude"].shape == (S,)
 
@@ -1301,15 +1302,15 @@ def test_the_mouth_stages_target_is_the_true_mouth_scaled_about_the_closed_one(p
     samples = data.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=1.0)
     batch, again = samples.batch(3, clips=2, frames=4), samples.batch(3, clips=2, frames=4)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
-    assert batch["points"].shape == (8, 3, 2, data.K, 2) and batch["mel"].shape == (2, 80, 500) and batch["window"].shape == (2, 4, 11)
+    assert batch["points"].shape == (8, 3, 2, faces.K, 2) and batch["mel"].shape == (2, 80, 500) and batch["window"].shape == (2, 4, 11)
     plain = data.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=0.0).batch(3, clips=2, frames=4)
     assert (plain["amplitude"] == 1).all()
     shown = data.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=1.0, quiet_share=1.0)
     clip = data.load_clip(data.list_clips(prepared)[0].path)
     row = shown.rows(clip.landmarks, clip.mel, data.loudness(clip), 6, np.random.default_rng(0))
-    closed, a = row["points"][:, 0, 1, data.MOUTH], row["amplitude"][:, None, None]
+    closed, a = row["points"][:, 0, 1, faces.MOUTH], row["amplitude"][:, None, None]
     true = closed + (row["lips"] - closed) / a
-    everything = np.concatenate([clip.landmarks, data.mirror(clip.landmarks)])[:, data.MOUTH, :2] / 256
+    everything = np.concatenate([clip.landmarks, data.mirror(clip.landmarks)])[:, faces.MOUTH, :2] / 256
     nearest = np.abs(everything[None] - true[:, None]).max((2, 3)).min(1)
     assert nearest.max() < 1e-4 and not np.allclose(a, 1)
 
@@ -1342,7 +1343,7 @@ def test_before_the_sync_loss_enters_the_frames_of_a_group_are_spread(prepared):
 
 def test_the_amplitude_coefficient_of_a_sample_is_how_much_wider_the_shown_mouth_is(prepared):
     clip = data.load_clip(data.list_clips(prepared)[0].path)
-    gap = data.mouth_shape(clip.landmarks)[:, 0]
+    gap = faces.mouth_shape(clip.landmarks)[:, 0]
     wide = np.flatnonzero(gap > 5)
     for seed in range(10):
         heard = wide[seed:seed + 5]
@@ -1851,7 +1852,7 @@ def test_the_mouth_learns_to_open_with_the_sound_and_the_pictures_follow(prepare
     with torch.inference_mode():
         features = networks.audio_encoder(torch.from_numpy(clip.sound())[None])[0]
     _, shapes = evaluate.predict_shapes(networks.net, clip, features)
-    true = data.mouth_shape(clip.landmarks)
+    true = faces.mouth_shape(clip.landmarks)
     assert evaluate.correlation(shapes[:, 0], true[:, 0]) > 0.6
     wide = evaluate.predict_shapes(networks.net, clip, features, 1.5)[1][:, 0].mean()
     narrow = evaluate.predict_shapes(networks.net, clip, features, 0.5)[1][:, 0].mean()
@@ -1867,7 +1868,7 @@ def test_find_offsets_finds_a_late_sound_and_leaves_what_fits_nowhere(prepared, 
         shift = late[info.source]
         points = data.at_time(clip.landmarks.reshape(len(clip), -1), -(shift or 0)).reshape(clip.landmarks.shape).copy()
         if shift is None:
-            points[:, data.INNER_LIPS[1], 1] = rng.normal(150, 9, len(clip))
+            points[:, faces.INNER_LIPS[1], 1] = rng.normal(150, 9, len(clip))
         return points
     monkeypatch.setattr(train, "predict_clip", predicted)
     net, encoder = train.build_networks(run)
@@ -1875,10 +1876,10 @@ def test_find_offsets_finds_a_late_sound_and_leaves_what_fits_nowhere(prepared, 
 
 
 def test_teeth_that_change_their_look_vary_and_teeth_that_only_move_do_not():
-    points = np.zeros((10, data.K, 3), np.float32)
+    points = np.zeros((10, faces.K, 3), np.float32)
     pictures = np.zeros((10, 256, 256, 3), np.uint8)
     for t in range(10):
-        points[t, data.LIPS_INNER[0]], points[t, data.LIPS_INNER[1:]] = (100 + t, 150, 0), (140 + t, 170, 0)
+        points[t, faces.LIPS_INNER[0]], points[t, faces.LIPS_INNER[1:]] = (100 + t, 150, 0), (140 + t, 170, 0)
         pictures[t, 150:160, 100 + t:141 + t] = 200                   # the upper half of the mouth is white
     still = evaluate.teeth_variation(pictures, points)
     pictures[::2] //= 2
@@ -1961,10 +1962,10 @@ def test_a_still_picture_is_dubbed(dubbing, networks, tmp_path):
 
 def test_pixels_outside_the_mask_are_bit_equal_and_the_lower_face_changes(dubbing):
     frame = frames_of(dubbing / "clip.mp4")[0]
-    with data.FaceTracker() as tracker:
+    with faces.FaceTracker() as tracker:
         points = np.stack(tracker.find(frame)[:1])
-    affine = data.smooth_affines(points)[0]
-    inside, lower_lip = data.to_crop(points[0], affine), data.INNER_LIPS[1]
+    affine = faces.smooth_affines(points)[0]
+    inside, lower_lip = faces.to_crop(points[0], affine), faces.INNER_LIPS[1]
     mask = infer.face_mask(infer.face_outline(inside))
     assert not mask[:infer.MASK_TOP].any() and mask[int(inside[lower_lip, 1]), int(inside[lower_lip, 0])] == 255
     dubbed = infer.blend(frame, np.full((256, 256, 3), (255, 0, 255), np.uint8), affine, mask)
@@ -1978,11 +1979,11 @@ def test_pixels_outside_the_mask_are_bit_equal_and_the_lower_face_changes(dubbin
 
 def test_a_picture_in_other_colours_leaves_no_step_along_the_mask(dubbing):
     frame = frames_of(dubbing / "clip.mp4")[0]
-    with data.FaceTracker() as tracker:
+    with faces.FaceTracker() as tracker:
         points = np.stack(tracker.find(frame)[:1])
-    affine = data.smooth_affines(points)[0]
-    mask = infer.face_mask(infer.face_outline(data.to_crop(points[0], affine)))
-    crop = data.crop(frame, affine)
+    affine = faces.smooth_affines(points)[0]
+    mask = infer.face_mask(infer.face_outline(faces.to_crop(points[0], affine)))
+    crop = faces.crop(frame, affine)
     other = np.clip(crop.astype(int) + (8, -5, 4), 0, 255).astype(np.uint8)
     rim = (mask > 60) & (mask < 200)
     step = lambda picture: np.abs(picture[rim].astype(float).mean(0) - crop[rim].mean(0)).max()
@@ -2103,13 +2104,13 @@ def test_every_shot_is_tracked_and_cropped_for_itself_and_no_frame_is_kept_back(
     track = infer.watch(video, 1000, None, 3, False)
     assert np.flatnonzero(np.diff(track.shots)).tolist() == [cut - 1 for cut in cuts]
     assert track.whole.all()
-    with data.FaceTracker() as tracker:
+    with faces.FaceTracker() as tracker:
         for t, frame in enumerate(media.read_frames(video)):
             if min(abs(t - cut) for cut in cuts) > 10:
                 continue
             tracker.forget()                      # sees this frame alone
-            found = data.to_crop(max(tracker.find(frame), key=data.face_size), track.affines[t])
-            off = found[data.LIPS_OUTER, :2].mean(0) - track.points[t][data.LIPS_OUTER, :2].mean(0)
+            found = faces.to_crop(max(tracker.find(frame), key=faces.face_size), track.affines[t])
+            off = found[faces.LIPS_OUTER, :2].mean(0) - track.points[t][faces.LIPS_OUTER, :2].mean(0)
             assert np.linalg.norm(off) < 5, (t, off)
 
 
@@ -2150,7 +2151,7 @@ def test_lying_and_upside_down_faces_are_tracked_where_they_are(people):
         track = infer.watch(video, 20, None, 3, False)
         assert track.whole.all()
         frame, plain = next(media.read_frames(video)), next(media.read_frames(people / "a.mp4"))
-        crops = data.crop(frame, track.affines[0]), data.crop(plain, upright.affines[0])
+        crops = faces.crop(frame, track.affines[0]), faces.crop(plain, upright.affines[0])
         assert np.abs(crops[0].astype(float) - crops[1])[60:200, 60:196].mean() < 12, name
 
 
@@ -2163,11 +2164,11 @@ def test_a_picture_that_changes_its_size_is_fitted_not_stretched():
 
 def test_a_mesh_that_disagrees_with_the_detectors_eyes_and_mouth_is_no_face():
     points = face()[0]
-    eyes = points[data.kept(data.RIGID_MESH[:4]), :2].reshape(2, 2, 2).mean(1)
+    eyes = points[faces.kept(faces.RIGID_MESH[:4]), :2].reshape(2, 2, 2).mean(1)
     box = np.r_[points[:, :2].min(0), points[:, :2].max(0)]
-    right = data.Detection(0.9, box, eyes, points[data.MOUTH_CORNERS, :2].mean(0))
+    right = faces.Detection(0.9, box, eyes, points[faces.MOUTH_CORNERS, :2].mean(0))
     wrong = dataclasses.replace(right, mouth=right.mouth - (0, 90), eyes=right.eyes + (0, 60))
-    assert data.agrees(points, [right]) and not data.agrees(points, [wrong]) and data.agrees(points, [])
+    assert faces.agrees(points, [right]) and not faces.agrees(points, [wrong]) and faces.agrees(points, [])
 
 
 # ---------------------------------------------------------------- media: people's own files

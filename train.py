@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import data
 import experts
+import faces
 import lipsync
 import losses
 import media
@@ -765,7 +766,7 @@ def find_offsets(run, net, encoder):
         if clip is None or len(clip) < 40:
             continue
         lips = predict_clip(run, net, encoder, clip, info)
-        made, true = (data.mouth_shape(points)[:, 0] for points in (lips, clip.landmarks))
+        made, true = (faces.mouth_shape(points)[:, 0] for points in (lips, clip.landmarks))
         fits.setdefault(info.source, []).append(shifted_correlations(made, true, LATEST))
     offsets = {}
     for source, some in fits.items():
@@ -779,8 +780,8 @@ def find_offsets(run, net, encoder):
 
 def predict_clip(run, net, encoder, clip, info):
     """A clip's landmarks with the lips and jaw that its sound asks for -> [T, K, 3] crop px"""
-    refs = data.select_references(clip.landmarks, run.net_config.refs)
-    points = data.place_points(clip.landmarks[refs], clip.landmarks)
+    refs = faces.select_references(clip.landmarks, run.net_config.refs)
+    points = faces.place_points(clip.landmarks[refs], clip.landmarks)
     points = torch.from_numpy(points).to(run.device)  # [T, R, 2, K, 2]
     if run.features:
         features = read_features(run, info)
@@ -790,7 +791,7 @@ def predict_clip(run, net, encoder, clip, info):
     audio = lipsync.AudioSelector(run.net_config)(features[None].to(run.device))[0]  # [T, F, D]
     landmarks = clip.landmarks.copy()
     lips = net.predict_lips(audio[:len(clip)], 1.0, points)
-    landmarks[:, data.MOUTH, :2] = lips.cpu().numpy() * data.CROP_PX
+    landmarks[:, faces.MOUTH, :2] = lips.cpu().numpy() * faces.CROP_PX
     return landmarks
 
 
@@ -961,7 +962,7 @@ def draw(run, forward, audio_encoder, batch, step):
     audio = batch_audio(batch, audio_encoder)  # [BS, F, D]
     lips = batch["lips"].flatten(0, 1)  # [BS, P, 2]
     noise = torch.randn_like(lips[:, :1]) + 0.7 * torch.randn_like(lips)  # as predictions miss
-    lips = lips + run.config.lips_noise_px / data.CROP_PX * noise
+    lips = lips + run.config.lips_noise_px / faces.CROP_PX * noise
     generator = np.random.default_rng([run.config.seed, step])
     if generator.random() >= run.config.true_lips:
         lips = None
@@ -1077,10 +1078,10 @@ def save_samples(run, net, encoder, step, rows=6):
         clip = data.load_or_skip(info.path)
         if clip is None:
             continue
-        refs = data.select_references(clip.landmarks, run.net_config.refs)
+        refs = faces.select_references(clip.landmarks, run.net_config.refs)
         middle = len(clip) // 2
         pictures = np.stack([clip.frame(i) for i in [*refs, middle]])
-        points = data.place_points(clip.landmarks[refs], clip.landmarks[[middle]])
+        points = faces.place_points(clip.landmarks[refs], clip.landmarks[[middle]])
         sound = torch.from_numpy(clip.sound())[None].to(run.device)
         audio = lipsync.AudioSelector(run.net_config)(encoder(sound))[:, middle]  # [1, F, D]
         with lipsync.autocast(run.device):

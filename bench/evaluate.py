@@ -6,8 +6,8 @@
     experts  | measure_experts
     table    | evaluate, print_table
 
-`python train.py --stage eval` runs it. Clips, pictures and points as in data.py; the pictures are
-made by lipsync.redraw, as infer.py makes them.
+`python train.py --stage eval` runs it. Clips, pictures and points as in data.py and faces.py; the
+pictures are made by lipsync.redraw, as infer.py makes them.
 """
 import time
 
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 import data
 import experts
+import faces
 import lipsync
 import losses
-from data import CROP_PX
 from lipsync import FPS
 
 BATCH = 8  # frames that are redrawn together
@@ -40,8 +40,8 @@ COLUMNS = {
 # ---------------------------------------------------------------- one clip, drawn again
 def clip_points(clip, config):
     """-> reference numbers [R], points float32 [T, R, 2, K, 2]"""
-    refs = data.select_references(clip.landmarks, config.refs)
-    return refs, data.place_points(clip.landmarks[refs], clip.landmarks)
+    refs = faces.select_references(clip.landmarks, config.refs)
+    return refs, faces.place_points(clip.landmarks[refs], clip.landmarks)
 
 
 def redraw_clip(net, clip, features, amplitude=1.0):
@@ -65,8 +65,8 @@ def predict_shapes(net, clip, features, amplitude=1.0):
     with torch.inference_mode():
         lips = net.predict_lips(audio, amplitude, torch.from_numpy(points).to(audio.device))
     landmarks = clip.landmarks.copy()
-    landmarks[:, data.MOUTH, :2] = lips.float().cpu().numpy() * CROP_PX
-    return landmarks, data.mouth_shape(landmarks)
+    landmarks[:, faces.MOUTH, :2] = lips.float().cpu().numpy() * faces.CROP_PX
+    return landmarks, faces.mouth_shape(landmarks)
 
 
 # ---------------------------------------------------------------- measures
@@ -122,15 +122,16 @@ def sharpness(picture, box):
 
 def lip_boxes(landmarks):
     """[T, K, 3] crop px -> int [T, 4] (x0, y0, x1, y1), the outer lips with a margin of a fifth"""
-    lips = landmarks[:, data.LIPS_OUTER, :2]
+    lips = landmarks[:, faces.LIPS_OUTER, :2]
     low, high = lips.min(1), lips.max(1)
     margin = 0.2 * (high - low).max(1, keepdims=True)
-    return np.concatenate([low - margin, high + margin], 1).clip(0, CROP_PX).round().astype(int)
+    return np.concatenate([low - margin, high + margin], 1).clip(
+        0, faces.CROP_PX).round().astype(int)
 
 
 def seam(pictures):
     """Mean absolute step across the middle row, 0..255. uint8 [T, 256, 256, 3]"""
-    half = CROP_PX // 2
+    half = faces.CROP_PX // 2
     return float(np.abs(pictures[:, half].astype(int) - pictures[:, half - 1]).mean())
 
 
@@ -138,7 +139,7 @@ def teeth_variation(pictures, landmarks):
     """How much the inside of an open mouth changes its look over time: the mean deviation of its
     luma, 0..255; None with fewer than 5 open frames."""
     looks = []
-    for picture, lips in zip(pictures, landmarks[:, data.LIPS_INNER, :2]):
+    for picture, lips in zip(pictures, landmarks[:, faces.LIPS_INNER, :2]):
         (x0, y0), (x1, y1) = lips.min(0).astype(int).clip(0), lips.max(0).astype(int) + 1
         if y1 - y0 >= OPEN_PX:
             inside = cv2.cvtColor(picture[y0:y1, x0:x1], cv2.COLOR_RGB2GRAY)
@@ -150,12 +151,12 @@ def find_landmarks(tracker, pictures):
     """MediaPipe on crops: uint8 [T, 256, 256, 3] -> float32 [T, K, 3] px, gaps interpolated; None
     if no face at all."""
     tracker.forget()
-    points = np.full((len(pictures), data.K, 3), np.nan, np.float32)
+    points = np.full((len(pictures), faces.K, 3), np.nan, np.float32)
     for t, picture in enumerate(pictures):
-        faces = tracker.find(picture)
-        if faces:
-            points[t] = max(faces, key=data.face_size)
-    return data.fill_gaps(points) if np.isfinite(points).any() else None
+        found = tracker.find(picture)
+        if found:
+            points[t] = max(found, key=faces.face_size)
+    return faces.fill_gaps(points) if np.isfinite(points).any() else None
 
 
 # ---------------------------------------------------------------- rows of the table
@@ -163,8 +164,8 @@ def measure_lips(net, clip, features, silent):
     """One row without a picture: what the sound asks for against what the landmarks say; and how far
     the closed reference's jaw lies from the frame's, as it is and with the frame's head pose, px."""
     landmarks, shapes = predict_shapes(net, clip, features)
-    true = data.mouth_shape(clip.landmarks)
-    lips = data.LIPS_OUTER + data.LIPS_INNER
+    true = faces.mouth_shape(clip.landmarks)
+    lips = faces.LIPS_OUTER + faces.LIPS_INNER
     error = np.linalg.norm((landmarks - clip.landmarks)[:, lips, :2], axis=-1)
     row = compare_shapes(shapes, true)
     row |= dict(error=float(error.mean()), deviation=float(shapes[:, 0].std() / max(true[:, 0].std(), 0.1)))
@@ -172,16 +173,16 @@ def measure_lips(net, clip, features, silent):
         opening = predict_shapes(net, clip, sound, amplitude)[1][:, 0].mean()
         row[name] = float(opening if name == "silence" else opening / max(row["opening"], 0.1))
     _, points = clip_points(clip, net.config)
-    jaw = clip.landmarks[:, data.JAW, :2]
+    jaw = clip.landmarks[:, faces.JAW, :2]
     for name, there in (("jaw", points[:, 0, 0]), ("jaw_posed", points[:, 0, 1])):
-        row[name] = float(np.linalg.norm(there[:, data.JAW] * CROP_PX - jaw, axis=-1).mean())
+        row[name] = float(np.linalg.norm(there[:, faces.JAW] * faces.CROP_PX - jaw, axis=-1).mean())
     return row
 
 
 def measure_pictures(made, true, clip, tracker, networks, sound):
     """One row: what is made of a clip against what is true, both uint8 [T, 256, 256, 3]; sound as
     the sync expert hears it."""
-    half = CROP_PX // 2
+    half = faces.CROP_PX // 2
     error = ((made[:, half:].astype(np.float64) - true[:, half:]) ** 2).mean((1, 2, 3))
     boxes = lip_boxes(clip.landmarks)
     sharp = [sharpness(m, box) / max(sharpness(t, box), 1e-6) for m, t, box in zip(made, true, boxes)]
@@ -191,8 +192,8 @@ def measure_pictures(made, true, clip, tracker, networks, sound):
                seam=seam(made) - seam(true))
     points = find_landmarks(tracker, made)
     if points is not None:
-        shapes, wanted = data.mouth_shape(points), data.mouth_shape(clip.landmarks)
-        lips = data.LIPS_OUTER + data.LIPS_INNER
+        shapes, wanted = faces.mouth_shape(points), faces.mouth_shape(clip.landmarks)
+        lips = faces.LIPS_OUTER + faces.LIPS_INNER
         distance = np.linalg.norm((points - clip.landmarks)[:, lips, :2], axis=-1)
         row |= compare_shapes(shapes, wanted)
         row |= dict(lag=lag_of(shapes[:, 0], wanted[:, 0]), lmd=float(distance.mean()))
@@ -253,7 +254,7 @@ def evaluate(run, weights):
     print_speed(networks.net)
     table, rng = {}, np.random.default_rng(0)
     texts = sorted({info.text for info in run.held_out} - {""}) or [""]
-    with data.FaceTracker() as tracker:
+    with faces.FaceTracker() as tracker:
         for info in tqdm(choose_clips(run.held_out, run.config.eval_clips), desc="eval", unit="clip"):
             clip, rows = data.load_or_skip(info.path), table.setdefault(info.folder(), {})
             if clip is None:
@@ -275,7 +276,7 @@ def clip_rows(run, networks, clip, tracker, first, folder):
     true = np.stack([clip.frame(i) for i in range(len(clip))])
     refs, _ = clip_points(clip, net.config)
     copy = true.copy()
-    copy[:, CROP_PX // 2:] = true[refs[len(refs) // 2], CROP_PX // 2:]
+    copy[:, faces.CROP_PX // 2:] = true[refs[len(refs) // 2], faces.CROP_PX // 2:]
     sound = networks.sync and experts.sync_sound(networks.sync, clip.mel, features)
     if net.lip_head is not None:
         yield "lips", measure_lips(net, clip, features, silent)
@@ -288,7 +289,8 @@ def clip_rows(run, networks, clip, tracker, first, folder):
         yield name, measure_pictures(these, true, clip, tracker, networks, sound)
     for amplitude in AMPLITUDES:
         points = find_landmarks(tracker, redraw_clip(net, clip, features, amplitude))
-        opening = {} if points is None else {"opening": float(data.mouth_shape(points)[:, 0].mean())}
+        opening = {} if points is None else {
+            "opening": float(faces.mouth_shape(points)[:, 0].mean())}
         yield f"amplitude {amplitude:g}", opening
 
 
@@ -326,7 +328,7 @@ def save_strip(png, refs, made, true, count=10):
     output | truth."""
     at = np.linspace(0, len(true) - 1, count).round().astype(int)
     rows = [np.stack([refs[0]] * count), np.stack([refs[-1]] * count), made[at], true[at]]
-    sheet = np.stack(rows).transpose(0, 2, 1, 3, 4).reshape(4 * CROP_PX, -1, 3)
+    sheet = np.stack(rows).transpose(0, 2, 1, 3, 4).reshape(4 * faces.CROP_PX, -1, 3)
     cv2.imwrite(str(png), sheet[..., ::-1])
 
 
