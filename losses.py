@@ -238,7 +238,7 @@ class Discriminator(nn.Module):
 
     def forward(self, pictures):
         check(pictures, "B C H W", "pictures", C=3)
-        pictures = pictures * 2 - 1  # -1..1
+        pictures = (pictures * 2 - 1).contiguous(memory_format=torch.channels_last)  # -1..1; on CPUs 8 times faster
         logits = []
         for scale, net in enumerate(self.nets):
             logits.append(net(fn.avg_pool2d(pictures, 2**scale)))  # [B, 1, H / 2^(scale+3), W / 2^(scale+3)]
