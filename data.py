@@ -757,9 +757,9 @@ class MouthSamples:
     """What the mouth stage learns from: landmarks and features of all clips, in memory.
 
     Patent: S2(3) and S2(4)a-f; that lips are predicted is our choice (LipHead).
-    Shapes: batch(step) -> dict of N = clips x frames rows: audio [N, F, D] (frozen encoder), or
-        mel [clips, 80, 4 x 125] and window [clips, frames, F]; points [N, R, 2, K, 2],
-        lips [N, P, 2] picture widths, amplitude [N], width [N] of the mouth, picture widths.
+    Shapes: batch(step) -> dict of B = clips x frames rows: audio [B, F, D] (frozen encoder), or
+        mel [clips, 80, 4 x 125] and window [clips, frames, F]; points [B, R, 2, K, 2],
+        lips [B, P, 2] picture widths, amplitude [B], width [B] of the mouth, picture widths.
     Choice: the lips of a sample are the true ones, scaled by its amplitude about the closed mouth
         (the most closed reference): so the coefficient means opening. `quiet_share` of the frames
         are drawn from the softest tenth of their clip, so that silence closes the mouth. Mirrored

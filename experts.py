@@ -9,10 +9,8 @@
     checkpoint    | pack_expert, load_expert, load_networks      | -
     a whole video | python experts.py VIDEO: measure_video       | S12
 
-Axes: lipsync.py's, and S = 5 frames of a group, E embedding, G groups, K false sounds,
-U tokens of a text, V kinds of token, M memory width. "Pictures" are RGB 0..1: the lower half of an
-upright face crop [3, H, 2H] (128 x 256 of the 256 px crop, half of that in training clips), or
-the view of the mouth that mouth_view has cut from it. Offsets are in frames of 40 ms, + = the sound
+Letters as in lipsync.py. "Pictures" are RGB 0..1: the lower half of an upright face crop
+[3, H, 2H] (128 x 256 of the 256 px crop, half of that in training clips), or the view of the mouth that mouth_view has cut from it. Offsets are in frames of 40 ms, + = the sound
 comes late.
 """
 import argparse
@@ -125,7 +123,7 @@ class SyncXNet(nn.Module):
         super().__init__()
         self.config = dict(size=size, audio=audio, audio_dim=audio_dim)  # what load_expert needs
         planes = 3 * GROUP
-        E, M = {"small": (256, 160), "full": (512, 512)}[size]
+        E, hidden = {"small": (256, 160), "full": (512, 512)}[size]
         relu, flat = nn.ReLU(), nn.Flatten()
         if size == "full":
             self.video = resnext50(weights, planes, E)
@@ -137,8 +135,8 @@ class SyncXNet(nn.Module):
         self.audio_encoder = lipsync.ScratchEncoder(audio_dim) if audio == "mel" else None
         self.norm = nn.LayerNorm(audio_dim)
         self.audio = nn.Sequential(
-            nn.Conv1d(audio_dim, M, 1), relu, nn.Conv1d(M, M, 3, padding=1), nn.BatchNorm1d(M),
-            relu, flat, nn.Linear(M * GROUP, E))
+            nn.Conv1d(audio_dim, hidden, 1), relu, nn.Conv1d(hidden, hidden, 3, padding=1),
+            nn.BatchNorm1d(hidden), relu, flat, nn.Linear(hidden * GROUP, E))
         self.video_norm = nn.BatchNorm1d(E)
         self.audio_norm = nn.BatchNorm1d(E)
 
@@ -154,7 +152,7 @@ class SyncXNet(nn.Module):
 
     def embed_audio(self, sound):
         if self.audio_encoder is not None:
-            check(sound, "B 80 X", "sync.mel", X=MEL_PER_GROUP)
+            check(sound, f"B 80 {MEL_PER_GROUP}", "sync.mel")
             sound = self.audio_encoder.encode_mel(sound)  # [B, S, D]
         check(sound, "B S D", "sync.features", S=GROUP, D=self.config["audio_dim"])
         states = self.norm(sound).mT  # [B, D, S]
@@ -165,19 +163,19 @@ class SyncXNet(nn.Module):
 def sync_batch_loss(sync, pictures, sound, negatives):
     """What the sync expert learns from -> scalar loss, accuracy 0..1 at cosine 0.5
 
-    pictures [B, S, 3, H, 2H], sound [B, S, D] of the same frames, negatives [B, K, S, D]: half of
+    pictures [B, S, 3, H, 2H], sound [B, S, D] of the same frames, negatives [B, X, S, D]: half of
     them from the same clip but no frame in common, half from other clips; or all mel: [B, 80, 4S],
-    [B, K, 80, 4S]. S3(1)'s BCE alone rests long at 0.69, all cosines at 0.5. Picking the true
-    sound among K + 1 (Chung et al., "Perfect match", 2019) leaves that plateau soon, and BCE then
+    [B, X, 80, 4S]. S3(1)'s BCE alone rests long at 0.69, all cosines at 0.5. Picking the true
+    sound among X + 1 (Chung et al., "Perfect match", 2019) leaves that plateau soon, and BCE then
     gives the cosine its meaning as a probability.
     """
-    B, K = negatives.shape[:2]
+    B, X = negatives.shape[:2]
     sounds = torch.cat([sound[:, None], negatives], 1).flatten(0, 1)  # the true one first
-    video = sync.embed_video(pictures).repeat_interleave(1 + K, 0)  # [B(1+K), E]
-    audio = sync.embed_audio(sounds)  # [B(1+K), E]
-    cosines = cosine(audio, video).unflatten(0, (B, 1 + K))
+    video = sync.embed_video(pictures).repeat_interleave(1 + X, 0)  # [B(1+X), E]
+    audio = sync.embed_audio(sounds)  # [B(1+X), E]
+    cosines = cosine(audio, video).unflatten(0, (B, 1 + X))
     first = torch.zeros(B, dtype=torch.long, device=cosines.device)
-    true = fn.one_hot(first, 1 + K).flatten().bool()  # [B(1+K)]
+    true = fn.one_hot(first, 1 + X).flatten().bool()  # [B(1+X)]
     hit = sync_loss(audio[true], video[true], 1.0)
     miss = sync_loss(audio[~true], video[~true], 0.0)
     choice = fn.cross_entropy(cosines / TEMPERATURE, first)
@@ -336,7 +334,7 @@ class LipReader(nn.Module):
         super().__init__()
         self.config = dict(size=size)  # what load_expert needs
         sizes = {"small": ((32, 64, 128), 160, 4, 2), "full": ((64, 128, 256, 512), 512, 8, 6)}
-        channels, M, heads, layers = sizes[size]
+        channels, hidden, heads, layers = sizes[size]
         first, relu = channels[0], nn.ReLU()
         stem = nn.Conv3d(1, first, (5, 7, 7), (1, 4, 4), (2, 3, 3), bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm3d(first), relu)
@@ -344,24 +342,25 @@ class LipReader(nn.Module):
         for before, after in zip(channels, channels[1:]):
             blocks += [conv(before, after, 3, 2), relu, Residual(conv(after, after, 3)), relu]
         final = channels[-1] * 3 * 5  # 40 x 80 / 16 = 80 x 160 / 32 = 3 x 5
-        self.frames = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(final, M))
+        self.frames = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(final, hidden))
         self.time = nn.Sequential()
         for _ in range(layers):
-            along = nn.Sequential(nn.Conv1d(M, M, 5, padding=2), nn.BatchNorm1d(M), relu)
+            along = nn.Sequential(nn.Conv1d(hidden, hidden, 5, padding=2),
+                                  nn.BatchNorm1d(hidden), relu)
             self.time.append(Residual(along))
-        options = dict(nhead=heads, dim_feedforward=2 * M, batch_first=True, norm_first=True)
-        encoder_layer = nn.TransformerEncoderLayer(M, **options)
-        decoder_layer = nn.TransformerDecoderLayer(M, **options)
-        self.encoder = nn.TransformerEncoder(encoder_layer, layers, nn.LayerNorm(M),
+        options = dict(nhead=heads, dim_feedforward=2 * hidden, batch_first=True, norm_first=True)
+        encoder_layer = nn.TransformerEncoderLayer(hidden, **options)
+        decoder_layer = nn.TransformerDecoderLayer(hidden, **options)
+        self.encoder = nn.TransformerEncoder(encoder_layer, layers, nn.LayerNorm(hidden),
                                              enable_nested_tensor=False)
-        self.decoder = nn.TransformerDecoder(decoder_layer, layers // 2, nn.LayerNorm(M))
-        self.embedding = nn.Embedding(VOCABULARY, M)
-        self.ctc_head = nn.Linear(M, VOCABULARY)
-        self.text_head = nn.Linear(M, VOCABULARY)
+        self.decoder = nn.TransformerDecoder(decoder_layer, layers // 2, nn.LayerNorm(hidden))
+        self.embedding = nn.Embedding(VOCABULARY, hidden)
+        self.ctc_head = nn.Linear(hidden, VOCABULARY)
+        self.text_head = nn.Linear(hidden, VOCABULARY)
 
     def encode(self, pictures, lengths=None):
-        """pictures [B, T, 3, H, 2H], lengths [B] or None -> frames [B, T, M], each with its
-        neighbours; memory [B, T, M], each beside all others; padding bool [B, T] or None"""
+        """pictures [B, T, 3, H, 2H], lengths [B] or None -> frames [B, T, hidden], each with its
+        neighbours; memory [B, T, hidden], each beside all others; padding bool [B, T] or None"""
         B, T = check(pictures, "B T 3 H W", "lip.pictures").shape[:2]
         mouth = mouth_view(pictures, VIEW_PX[self.config["size"]])  # [B, T, 3, h, w]
         grey = torch.einsum("btchw,c->bthw", mouth, mouth.new_tensor(LUMA))
@@ -373,17 +372,17 @@ class LipReader(nn.Module):
             padding = torch.arange(T, device=grey.device) >= ends[:, None]
         maps = self.stem(hide(grey, padding)[:, None])  # [B, C, T, h/4, w/4]
         maps = maps.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        frames = self.frames(maps).unflatten(0, (B, T))  # [B, T, M]
+        frames = self.frames(maps).unflatten(0, (B, T))  # [B, T, hidden]
         for block in self.time:  # each sees two frames either way: hide anew what is no frame
             frames = block(hide(frames, padding).mT).mT
         placed = frames + position_code(*frames.shape[1:]).to(frames)
         return frames, self.encoder(placed, src_key_padding_mask=padding), padding
 
     def decode(self, memory, padding, tokens):
-        """memory [B, T, M], padding [B, T] or None, tokens [B, U] -> logits [B, U, V]"""
+        """memory [B, T, hidden], padding [B, T] or None, tokens [B, U] -> logits [B, U, V]"""
         B, U = check(tokens, "B U", "lip.tokens", B=len(memory)).shape
         before = fn.pad(tokens, (1, -1), value=BOS)  # entry n is given token n-1
-        query = self.embedding(before)  # [B, U, M]
+        query = self.embedding(before)  # [B, U, hidden]
         query = query + position_code(*query.shape[1:]).to(query)
         future = torch.ones(U, U, dtype=torch.bool, device=tokens.device).triu(1)
         states = self.decoder(query, memory, tgt_mask=future, memory_key_padding_mask=padding)
@@ -402,7 +401,7 @@ class LipReader(nn.Module):
         return [self.read_one(one[None, :end]) for one, end in zip(memory, lengths)]
 
     def read_one(self, memory):
-        """memory [1, T, M] -> str"""
+        """memory [1, T, hidden] -> str"""
         path = self.ctc_head(memory)[0].argmax(-1)  # [T]
         by_ctc = [token for token in path.unique_consecutive().tolist() if token < BOS]
         by_decoder = self.follow_decoder(memory)
@@ -458,7 +457,7 @@ def lip_batch_loss(reader, pictures, tokens, lengths=None):
     the decoder. pictures [B, T, 3, H, 2H], tokens [B, U] int64 (bytes, EOS, then PAD), lengths [B]
     frames or None -> scalar.
     """
-    frames, memory, padding = reader.encode(pictures, lengths)  # [B, T, M]
+    frames, memory, padding = reader.encode(pictures, lengths)  # [B, T, hidden]
     loss = lip_reading_loss(reader.decode(memory, padding, tokens), tokens, PAD)
     sizes = (tokens < BOS).sum(1).clamp(min=1)
     for states in (frames, memory):

@@ -10,7 +10,7 @@
     face box     | YoloFace, decode_yolo                             | S12: yolov8-face (with --face-detector)
     shots        | track_shots, is_cut                               | -
 
-Letters: T frames of a clip, N boxes, H W pixels, K points of a face, P those of lips and jaw, S frames
+Letters: T frames of a clip, H W pixels, K points of a face, P those of lips and jaw, S frames
 and R references of a group. Pictures are uint8 RGB, points float32 (x, y) pixels, mostly with a depth z.
 """
 
@@ -415,11 +415,11 @@ def head_motion(reference, frame):
     ours, theirs = np.nan_to_num(ours), np.nan_to_num(theirs)
     centre, goal = ours.mean(-2, keepdims=True), theirs.mean(-2, keepdims=True)
     ours, theirs = ours - centre, theirs - goal
-    U, S, Vt = np.linalg.svd(np.swapaxes(theirs, -1, -2) @ ours)  # [..., 3, 3]
-    S[..., 2] *= (sign := np.sign(np.linalg.det(U @ Vt)))  # a rotation, not a reflection
-    U[..., 2] *= sign[..., None]
-    scale = S.sum(-1) / np.maximum((ours ** 2).sum((-1, -2)), 1e-9)
-    moved = (reference - centre) @ np.swapaxes(U @ Vt, -1, -2) * scale[..., None, None] + goal
+    left, stretch, right = np.linalg.svd(np.swapaxes(theirs, -1, -2) @ ours)  # [..., 3, 3]
+    stretch[..., 2] *= (sign := np.sign(np.linalg.det(left @ right)))  # a rotation, not a reflection
+    left[..., 2] *= sign[..., None]
+    scale = stretch.sum(-1) / np.maximum((ours ** 2).sum((-1, -2)), 1e-9)
+    moved = (reference - centre) @ np.swapaxes(left @ right, -1, -2) * scale[..., None, None] + goal
     moved[missing] = np.nan
     return moved.astype(np.float32)
 
@@ -492,12 +492,12 @@ def select_references(landmarks, count, exclude=None, rng=None):
 
 
 def decode_yolo(output, scale=1.0, pad=(0.0, 0.0), conf=0.5, iou=0.45):
-    """yolov8-face output float32 [1, 20, A]: per anchor centre x, y, width, height, score, 5 x (x, y, visibility).
+    """yolov8-face output float32 [1, 20, anchors]: per anchor centre x, y, width, height, score, 5 x (x, y, visibility).
 
-    -> boxes [N, 4] (x0, y0, x1, y1), scores [N], keypoints [N, 5, 3], best first, in pixels of the picture before the letterbox
+    -> boxes [boxes, 4] (x0, y0, x1, y1), scores [boxes], keypoints [boxes, 5, 3], best first, in pixels of the picture before the letterbox
     (which multiplied it by scale and then added pad = (left, top)). Overlaps above iou are suppressed."""
-    rows = np.asarray(output, np.float32)[0].T  # [A, 20]
-    rows = rows[rows[:, 4] > conf]  # [N, 20]
+    rows = np.asarray(output, np.float32)[0].T  # [anchors, 20]
+    rows = rows[rows[:, 4] > conf]  # [boxes, 20]
     corner = rows[:, :2] - rows[:, 2:4] / 2
     kept = cv2.dnn.NMSBoxes(np.hstack([corner, rows[:, 2:4]]).tolist(), rows[:, 4].tolist(), conf, iou)
     kept = np.array(kept, np.int64).reshape(-1)  # cv2 gives an empty tuple for none; sorted by score

@@ -118,6 +118,12 @@ def test_every_class_and_function_says_what_is_the_patents_and_what_is_ours():
                 assert thing.__doc__, name
 
 
+def test_no_line_of_the_network_and_the_losses_is_longer_than_100_columns():
+    for name in ("lipsync.py", "losses.py"):
+        lines = (HERE / name).read_text().splitlines()
+        assert not [f"{name}:{i}" for i, line in enumerate(lines, 1) if len(line) > 100]
+
+
 # ---------------------------------------------------------------- S2(1) audio encoders
 def test_scratch_encoder_gives_25_features_a_second_that_hear_only_their_neighbourhood():
     encoder = lipsync.ScratchEncoder(D).eval()

@@ -567,8 +567,8 @@ def train_sync(run):
 
 
 def all_negatives(batch):
-    """Sounds that do not belong: K of the same clip, K of others. sound [B, ...], negatives
-    [B, K, ...] -> [B, 2K, ...]
+    """Sounds that do not belong: X of the same clip, X of others. sound [B, ...], negatives
+    [B, X, ...] -> [B, 2X, ...]
 
     A neighbour in the batch lends its sound; if it shows the same clip, this clip's own negative
     stands in."""
@@ -734,7 +734,7 @@ def mouth_step(run, net, encoder, batch, optimizer, scheduler):
     """One step of the mouth stage -> loss, gradient norm"""
     batch = {name: value.to(run.device) for name, value in batch.items()}
     net.train()
-    audio = batch_audio(batch, encoder)  # [N, F, D]
+    audio = batch_audio(batch, encoder)  # [B, F, D]
     audio = audio + 0.1 * torch.randn_like(audio)  # features that differ a little ask for the same
     lips = net.predict_lips(audio, batch["amplitude"], batch["points"])
     loss = losses.mouth_loss(lips, batch["lips"], lipsync.mouth_width(batch["points"]))
@@ -744,7 +744,7 @@ def mouth_step(run, net, encoder, batch, optimizer, scheduler):
 
 
 def batch_audio(batch, audio_encoder):
-    """The audio windows of a batch of samples, read or encoded -> [N, F, D]"""
+    """The audio windows of a batch of samples, read or encoded -> [B, F, D]"""
     if "audio" in batch:
         return batch["audio"].flatten(0, -3)
     features = audio_encoder.encode_mel(batch["mel"])  # [B, L, D]
@@ -807,7 +807,7 @@ def shifted_correlations(made, true, reach):
 
 # ---------------------------------------------------------------- the generator
 def train_generator(run):
-    """L = w_r rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts and sound frozen (S3).
+    """loss = w_r rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts and sound frozen (S3).
     -> False if stopped early"""
     config = run.config
     prepare_features(run)
@@ -993,7 +993,7 @@ def generator_terms(run, judges, output, target, batch, step):
         sound = judges.sync.embed_audio(batch["sync"][in_sync])
         lips = judges.sync.embed_video(groups[in_sync])
         terms["sync"] = c.sync_weight, losses.sync_loss(sound, lips)
-    # S3(2): -log P(text | video)
+    # S3(2): -log p(text | video)
     if c.lip_weight and judges.reader is not None and progress >= c.sync_start:
         loss = lip_term(run, judges.reader, groups, batch)
         if loss is not None:

@@ -248,7 +248,7 @@ def evaluate(run, weights):
     """The held-out table {folder: {row: {column: number}}}.
 
     Rows: lips (no pictures), model, copy (the middle reference's lower half), silence, real,
-    amplitude A, experts. At most eval_clips of each folder. A video's own sound may be late: the
+    each amplitude, experts. At most eval_clips of each folder. A video's own sound may be late: the
     best lag within 3 frames has a column of its own."""
     networks = experts.load_networks(weights, "cpu")
     print_speed(networks.net)
