@@ -8,7 +8,7 @@
     for experts  | SyncDataset, SentenceDataset                      | S3(1), S3(2)
 
 Sound and frames come from media.py, faces and their crops from faces.py.
-Letters: T frames of a clip, N samples, H W pixels, K points. Pictures are uint8 RGB, points float32
+Letters as in lipsync.py. Pictures are uint8 RGB, points float32
 (x, y) pixels.
 `python data.py --data DIR` prepares a folder; `python data.py --demo DIR` draws one.
 """

@@ -10,8 +10,8 @@
     a whole video | python experts.py VIDEO: measure_video       | S12
 
 Letters as in lipsync.py. "Pictures" are RGB 0..1: the lower half of an upright face crop
-[3, H, 2H] (128 x 256 of the 256 px crop, half of that in training clips), or the view of the mouth that mouth_view has cut from it. Offsets are in frames of 40 ms, + = the sound
-comes late.
+[3, H, 2H] (128 x 256 of the 256 px crop, half of that in training clips), or the view of the mouth
+that mouth_view has cut from it. Offsets are in frames of 40 ms, + = the sound comes late.
 """
 import argparse
 import json

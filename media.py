@@ -6,7 +6,7 @@
     pictures     | read_frames, read_picture, frames_at              | S11: 25 fps
     writing      | VideoWriter                                       | -
 
-Letters: N samples, H W pixels. Pictures are uint8 RGB, sound is float32, -1..1.
+Letters as in lipsync.py. Pictures are uint8 RGB, sound is float32, -1..1.
 """
 
 import contextlib
