@@ -1458,7 +1458,7 @@ def trained(prepared, tmp_path_factory):
 def test_one_command_trains_all_stages_and_leaves_a_checkpoint_that_dubs(trained, demo, tmp_path):
     out, printed = trained
     assert {"config.json", "log.csv", "curves.png", "sync.pt", "lip.pt", "mouth.pt", "offsets.json", "generator.pt", "weights.pt", "eval.json"} <= {p.name for p in out.iterdir()}
-    assert re.search(r"network: 0\.\d+ GMAC, [\d.]+ ms a frame in batches of 8 \([1-9]\d* frames/s\)", printed), printed
+    assert re.search(r"^speed +gmac .* all +threads\nnetwork +0\.\d+ .*\nfull +15\..*\nedge +0\.7.*\ntiny +0\.1", printed, re.M), printed
     assert list((out / "samples").glob("*.png"))
     rows = list(csv.DictReader(open(out / "log.csv")))
     assert [r["stage"] for r in rows] == ["sync", "lip", "mouth", "generator"]
@@ -1468,6 +1468,8 @@ def test_one_command_trains_all_stages_and_leaves_a_checkpoint_that_dubs(trained
     assert real["psnr"] > 60 and real["ssim"] == pytest.approx(1) and real["sharpness"] == pytest.approx(1) and real["r"] > 0.95 and real["lag"] == 0 and real["seam"] == 0
     assert {"r", "r_best", "r_width", "r_rounding", "error", "deviation", "silence", "amp_0.5", "amp_1.5"} <= set(table["."]["lips"])
     assert {"model", "copy", "silence", "amplitude 0.5", "amplitude 1.5"} <= set(table["."]) and (out / "strip_videos.png").is_file()
+    assert list(table["speed"]) == ["network", *lipsync.PRESETS] and all(set(row) == set(evaluate.COLUMNS["speed"]) for row in table["speed"].values())
+    assert cv2.imread(str(out / "strip_videos.png")).shape == (5 * 256, 10 * 256, 3)
     assert set(table["."]["experts"]) == {"clips", "accuracy", "accuracy_10db", "accuracy_1s", "accuracy_1s_10db", "shift", "cer", "reads"} and "accuracy_10db" in printed
     videos = sorted(demo.glob("*.mp4"))
     result = command("infer.py", videos[0], videos[-1], "--weights", out / "weights.pt", "--out", tmp_path / "x.mp4")
@@ -1901,6 +1903,49 @@ def test_metrics_of_a_picture_against_itself_and_of_a_shifted_series():
     pictures[:, 128:] += 7
     assert evaluate.seam(pictures) == 7
     assert evaluate.lag_of(np.roll(series, 2), series) == 2 and evaluate.lag_of(np.roll(series, -3), series) == -3
+
+
+@pytest.mark.parametrize("warp", (True, False))
+def test_the_parts_that_are_timed_draw_together_what_the_network_draws(warp):
+    net, inputs = LipSync(dataclasses.replace(CONV, warp=warp)).eval(), moving(CONV)
+    with torch.inference_mode():
+        parts = dict(evaluate.forward_parts(net, *inputs))
+        assert torch.equal(parts["decoder"], net(*inputs))
+    columns = [c for c in evaluate.COLUMNS["speed"] if warp or c != "warp"]
+    assert ["gmac", *parts, "all", "threads"] == columns
+    row = evaluate.measure_speed(net, seconds=0)
+    assert list(row) == columns and row["gmac"] == lipsync.gmac(net, *lipsync.example(net.config))[0]
+    assert min(row.values()) > 0 and row["all"] == pytest.approx(sum(row[part] for part in parts))
+
+
+def test_a_reference_warped_to_its_own_lips_stays_and_to_another_frames_lips_gets_that_frames_mouth(networks, prepared, tmp_path, monkeypatch):
+    clip = data.load_clip(data.list_clips(prepared)[0].path)
+    lips = torch.from_numpy(clip.landmarks[:, faces.MOUTH, :2]) / faces.CROP_PX
+    refs, _ = evaluate.clip_points(clip, networks.config)
+    at = np.array([refs[-1], refs[0]])
+    monkeypatch.setattr(networks.net, "predict_lips", lambda audio, amplitude, points: lips[at])
+    features = torch.zeros(len(clip), networks.config.audio_dim)
+    own, closed = evaluate.warp_reference(networks.net, clip, features, at).astype(int)[:, 150:210, 80:176]
+    last, first = (clip.frame(i).astype(int)[150:210, 80:176] for i in (refs[-1], refs[0]))
+    assert np.abs(own - last).max() <= 1 < np.abs(closed - last).mean() and np.abs(closed - first).mean() < 0.7 * np.abs(last - first).mean()
+
+
+def test_the_strips_rows_are_two_references_the_warped_one_the_output_and_the_truth(networks, prepared, tmp_path):
+    clip = data.load_clip(data.list_clips(prepared)[0].path)
+    true = evaluate.clip_frames(clip)
+    evaluate.save_strip(tmp_path / "strip.png", networks.net, clip, torch.zeros(len(clip), networks.config.audio_dim), 255 - true)
+    sheet = cv2.imread(str(tmp_path / "strip.png"))[..., ::-1]
+    closed, last, warped, made, truth_ = (sheet[256 * i:][:256] for i in range(5))
+    refs, _ = evaluate.clip_points(clip, networks.config)
+    assert sheet.shape == (5 * 256, 10 * 256, 3) and (made == 255 - truth_).all() and (truth_[:, -256:] == true[-1]).all()
+    assert (closed[:, 256:512] == true[refs[0]]).all() and (last[:, :256] == true[refs[-1]]).all()
+    assert (warped[:96] == last[:96]).all() and (warped[128:] != last[128:]).any()      # what lies above the warp stays
+
+
+def test_each_video_of_a_folder_is_measured_once_before_any_twice():
+    infos = [data.ClipInfo(pathlib.Path(f"{source}_{n}"), source, "", 50) for source in ("a/1", "a/2", "b/3") for n in range(3)]
+    assert [str(info.path) for info in evaluate.choose_clips(infos, 1)] == ["a/1_0", "b/3_0"]
+    assert [str(info.path) for info in evaluate.choose_clips(infos, 3)] == ["a/1_0", "a/2_0", "a/1_1", "b/3_0", "b/3_1", "b/3_2"]
 
 
 # ---------------------------------------------------------------- dubbing

@@ -2,13 +2,16 @@
 
     stage    | code
     lips     | measure_lips: no pictures
-    pictures | redraw_clip, measure_pictures
+    pictures | redraw_clip, measure_pictures, save_strip
     experts  | measure_experts
+    speed    | forward_parts, measure_speed: on this machine
     table    | evaluate, print_table
 
-`python train.py --stage eval` runs it. Clips, pictures and points as in data.py and faces.py; the
-pictures are made by lipsync.redraw, as infer.py makes them.
+`python train.py --stage eval` runs it, on the CPU. Clips, pictures and points as in data.py and
+faces.py: crops of 256 x 256 px, uint8; lips and openings in px of such a crop. The pictures are
+made by lipsync.redraw, as infer.py makes them.
 """
+import collections
 import time
 
 import cv2
@@ -22,19 +25,23 @@ import experts
 import faces
 import lipsync
 import losses
-from lipsync import FPS
 
 BATCH = 8  # frames that are redrawn together
-OPEN_PX = 8  # height of a mouth that shows its teeth, px of the 256 px crop
+HALF = faces.CROP_PX // 2  # the first row that is drawn anew
+LIPS = faces.LIPS_OUTER + faces.LIPS_INNER
+OPEN_PX = 8  # height of a mouth that shows its teeth
 AMPLITUDES = (0.5, 1.5, 2)  # measured beside 1
 REACH = 3  # frames: a video's own sound may be off by so much
+MOMENTS = 10  # of a strip, from left to right
 COLUMNS = {
     "lips": ("clips", "r", "r_best", "r_width", "r_rounding", "error", "deviation", "opening",
              "silence", "amp_0.5", "amp_1.5", "jaw", "jaw_posed"),
     "pictures": ("clips", "r", "r_best", "lag", "r_width", "r_rounding", "lmd", "psnr", "ssim",
                  "sharpness", "seam", "teeth", "opening", "offset", "confidence", "cer"),
     "experts": ("clips", "accuracy", "accuracy_10db", "accuracy_1s", "accuracy_1s_10db", "shift",
-                "cer", "reads")}
+                "cer", "reads"),
+    "speed": ("gmac", "sound+lips", "warp", "image encoder", "fusion", "decoder", "all",
+              "threads")}
 
 
 # ---------------------------------------------------------------- one clip, drawn again
@@ -44,95 +51,196 @@ def clip_points(clip, config):
     return refs, faces.place_points(clip.landmarks[refs], clip.landmarks)
 
 
+def clip_audio(net, clip, features):
+    """features [L, D] -> what each frame hears [T, F, D]"""
+    select = lipsync.AudioSelector(net.config)
+    return select(features[None])[0, :len(clip)]
+
+
+def clip_frames(clip):
+    """-> uint8 [T, 256, 256, 3]"""
+    return np.stack([clip.frame(i) for i in range(len(clip))])
+
+
 def redraw_clip(net, clip, features, amplitude=1.0):
-    """A clip redrawn from its own upper halves and `features` [T, D]. -> uint8 [T, 256, 256, 3]"""
+    """A clip redrawn from its own upper halves and `features` [L, D] -> uint8 [T, 256, 256, 3]"""
     refs, points = clip_points(clip, net.config)
-    pictures = np.stack([clip.frame(i) for i in refs])
-    audio = lipsync.AudioSelector(net.config)(features[None])[0]  # [T, F, D]
+    audio, crops = clip_audio(net, clip, features), clip_frames(clip)
     made = []
     for start in range(0, len(clip), BATCH):
-        stop = min(start + BATCH, len(clip))
-        crops = np.stack([clip.frame(i) for i in range(start, stop)])
-        made.append(lipsync.redraw(net, pictures, crops, points[start:stop],
-                                   audio[start:stop], amplitude))
+        now = slice(start, start + BATCH)
+        made.append(lipsync.redraw(net, crops[refs], crops[now], points[now], audio[now],
+                                   amplitude))
     return np.concatenate(made)
 
 
+@torch.inference_mode()
 def predict_shapes(net, clip, features, amplitude=1.0):
     """What the sound alone asks for -> landmarks [T, K, 3] crop px, their mouth_shape [T, 3]"""
     _, points = clip_points(clip, net.config)
-    audio = lipsync.AudioSelector(net.config)(features[None])[0][:len(clip)]
-    with torch.inference_mode():
-        lips = net.predict_lips(audio, amplitude, torch.from_numpy(points).to(audio.device))
+    audio = clip_audio(net, clip, features)
+    lips = net.predict_lips(audio, amplitude, torch.from_numpy(points))
     landmarks = clip.landmarks.copy()
-    landmarks[:, faces.MOUTH, :2] = lips.float().cpu().numpy() * faces.CROP_PX
+    landmarks[:, faces.MOUTH, :2] = lips.float().numpy() * faces.CROP_PX
     return landmarks, faces.mouth_shape(landmarks)
 
 
-# ---------------------------------------------------------------- measures
+@torch.inference_mode()
+def warp_reference(net, clip, features, at):
+    """The last reference as the network sees it at frames `at` [n], with each frame's head pose
+    and predicted lips -> uint8 [n, 256, 256, 3]"""
+    refs, points = clip_points(clip, net.config)
+    points = torch.from_numpy(points[at])  # [n, R, 2, K, 2]
+    audio = clip_audio(net, clip, features)[at]
+    lips = net.predict_lips(audio, 1.0, points)
+    crop = torch.from_numpy(clip.frame(refs[-1]).copy())
+    picture = crop.permute(2, 0, 1).float() / 255  # [3, 256, 256]
+    last = picture.expand(len(at), 1, -1, -1, -1)
+    moved = net.move_references(last, points[:, -1:], lips)[:, 0]
+    return (moved * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def save_strip(png, net, clip, features, made):
+    """A clip over time, MOMENTS frames from left to right. The rows, from the top:
+
+    the first reference, the one with the most closed mouth (the same picture in each column);
+    the last reference, unlike the others;
+    the last reference, warped: with each frame's head pose and the lips predicted from the sound,
+        as the network gets it (no such row where the network warps nothing);
+    the output, made [T, 256, 256, 3];
+    the truth.
+    """
+    at = np.linspace(0, len(clip) - 1, MOMENTS).round().astype(int)
+    true = clip_frames(clip)
+    refs, _ = clip_points(clip, net.config)
+    rows = [true[[number] * MOMENTS] for number in (refs[0], refs[-1])]
+    if net.lip_head is not None:
+        rows.append(warp_reference(net, clip, features, at))
+    rows += [made[at], true[at]]
+    sheet = np.concatenate([np.concatenate(row, 1) for row in rows])
+    cv2.imwrite(str(png), sheet[..., ::-1])
+
+
+# ---------------------------------------------------------------- figures of lips
 def correlation(a, b):
     """Pearson r of two series; 0 if one of them does not move."""
     a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-9))
+    size = np.linalg.norm(a) * np.linalg.norm(b)
+    return a @ b / max(size, 1e-9)
 
 
 def shifted(made, true, reach):
     """{shift in frames: r}; + = the made mouth is late"""
-    T = len(true)
-    return {s: correlation(made[max(0, s):T + min(0, s)], true[max(0, -s):T - max(0, s)])
-            for s in range(-reach, reach + 1)}
+    scores = {}
+    for shift in range(-reach, reach + 1):
+        late, early = max(0, shift), max(0, -shift)
+        common = len(true) - abs(shift)
+        scores[shift] = correlation(made[late:late + common], true[early:early + common])
+    return scores
 
 
 def lag_of(made, true, reach=5):
     """Shift in frames at which the correlation peaks; + = the made mouth is late."""
     scores = shifted(made, true, reach)
-    return max(scores, key=lambda s: (scores[s], -abs(s)))
+    nearest_first = sorted(scores, key=abs)
+    return max(nearest_first, key=scores.get)
 
 
 def compare_shapes(made, true):
-    """mouth_shape [T, 3] of made and true mouths -> the columns that both tables share"""
-    return dict(r=correlation(made[:, 0], true[:, 0]), r_width=correlation(made[:, 1], true[:, 1]),
-                r_rounding=correlation(made[:, 2], true[:, 2]), opening=float(made[:, 0].mean()),
-                r_best=max(shifted(made[:, 0], true[:, 0], REACH).values()))
+    """mouth_shape [T, 3] of made and true mouths -> the columns that both tables share: r of the
+    gap, also at the best shift, of the width, of the rounding; the mean gap in px."""
+    row = {"opening": made[:, 0].mean()}
+    for name, a, b in zip(("r", "r_width", "r_rounding"), made.T, true.T):
+        row[name] = correlation(a, b)
+    scores = shifted(made[:, 0], true[:, 0], REACH)
+    row["r_best"] = max(scores.values())
+    return row
+
+
+def point_error(made, true, which):
+    """Mean distance in px of the points `which`; made, true [T, K, 2 or 3]"""
+    step = made[:, which, :2] - true[:, which, :2]
+    return np.linalg.norm(step, axis=-1).mean()
+
+
+def measure_lips(net, clip, features, silent):
+    """One row without a picture: what the sound asks for against what the landmarks say.
+
+    error: of the lips, px; deviation: of the gap over time, made / true; silence: mean gap in
+    silence, px; amp_A: mean gap at amplitude A / at 1; jaw, jaw_posed: how far the closed
+    reference's jaw lies from the frame's, as it is and with the frame's head pose, px."""
+    true = clip.landmarks
+    landmarks, shapes = predict_shapes(net, clip, features)
+    row = compare_shapes(shapes, faces.mouth_shape(true))
+    row["error"] = point_error(landmarks, true, LIPS)
+    row["deviation"] = shapes[:, 0].std() / max(faces.mouth_shape(true)[:, 0].std(), 0.1)
+    _, shapes = predict_shapes(net, clip, silent)
+    row["silence"] = shapes[:, 0].mean()
+    for amplitude in (0.5, 1.5):
+        _, shapes = predict_shapes(net, clip, features, amplitude)
+        row[f"amp_{amplitude}"] = shapes[:, 0].mean() / max(row["opening"], 0.1)
+    _, points = clip_points(clip, net.config)
+    here, posed = points[:, 0, 0], points[:, 0, 1]  # [T, K, 2]
+    row["jaw"] = point_error(here * faces.CROP_PX, true, faces.JAW)
+    row["jaw_posed"] = point_error(posed * faces.CROP_PX, true, faces.JAW)
+    return row
+
+
+# ---------------------------------------------------------------- figures of pictures
+def psnr(made, true):
+    """Mean over the frames of 10 log10(255^2 / mean squared error), decibels; uint8 [T, h, w, 3]"""
+    step = made.astype(np.float64) - true
+    error = (step ** 2).mean((1, 2, 3))
+    decibels = 10 * np.log10(255 ** 2 / error.clip(0.01))
+    return decibels.mean()
 
 
 def ssim(a, b):
-    """Structural similarity of two uint8 pictures, on luma, Gaussian window of 1.5 px; 1 = the same.
-    Source: Wang et al. 2004."""
-    a, b = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float64) for x in (a, b)]
+    """Structural similarity of two pictures uint8 [h, w, 3], on luma, Gaussian window of 1.5 px;
+    1 = the same. Source: Wang et al. 2004."""
+    a, b = np.float64(luma(a)), np.float64(luma(b))
     mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2
+    var_a = blur(a * a) - mean_a ** 2
+    var_b = blur(b * b) - mean_b ** 2
     cov = blur(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    c1, c2 = 2.55 ** 2, 7.65 ** 2  # 1 % and 3 % of 255
     light = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
     structure = (2 * cov + c2) / (var_a + var_b + c2)
-    return float((light * structure).mean())
+    return (light * structure).mean()
 
 
 def blur(x):
     return cv2.GaussianBlur(x, (11, 11), 1.5)
 
 
-def sharpness(picture, box):
-    """Variance of the Laplacian inside the box (x0, y0, x1, y1)."""
-    x0, y0, x1, y1 = box
-    grey = cv2.cvtColor(picture[y0:y1, x0:x1], cv2.COLOR_RGB2GRAY)
-    return float(cv2.Laplacian(grey, cv2.CV_64F).var())
+def luma(picture):
+    return cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
 
 
 def lip_boxes(landmarks):
     """[T, K, 3] crop px -> int [T, 4] (x0, y0, x1, y1), the outer lips with a margin of a fifth"""
     lips = landmarks[:, faces.LIPS_OUTER, :2]
     low, high = lips.min(1), lips.max(1)
-    margin = 0.2 * (high - low).max(1, keepdims=True)
-    return np.concatenate([low - margin, high + margin], 1).clip(
-        0, faces.CROP_PX).round().astype(int)
+    size = high - low
+    margin = 0.2 * size.max(1, keepdims=True)
+    boxes = np.concatenate([low - margin, high + margin], 1)
+    return boxes.clip(0, faces.CROP_PX).round().astype(int)
+
+
+def sharpness(made, true, landmarks):
+    """Variance of the Laplacian around the lips, made / true, median over the frames"""
+    ratios = []
+    for ours, theirs, (x0, y0, x1, y1) in zip(made, true, lip_boxes(landmarks)):
+        ours = cv2.Laplacian(luma(ours[y0:y1, x0:x1]), cv2.CV_64F)
+        theirs = cv2.Laplacian(luma(theirs[y0:y1, x0:x1]), cv2.CV_64F)
+        ratios.append(ours.var() / max(theirs.var(), 1e-6))
+    return np.median(ratios)
 
 
 def seam(pictures):
     """Mean absolute step across the middle row, 0..255. uint8 [T, 256, 256, 3]"""
-    half = faces.CROP_PX // 2
-    return float(np.abs(pictures[:, half].astype(int) - pictures[:, half - 1]).mean())
+    step = pictures[:, HALF].astype(int) - pictures[:, HALF - 1]
+    return np.abs(step).mean()
 
 
 def teeth_variation(pictures, landmarks):
@@ -140,231 +248,260 @@ def teeth_variation(pictures, landmarks):
     luma, 0..255; None with fewer than 5 open frames."""
     looks = []
     for picture, lips in zip(pictures, landmarks[:, faces.LIPS_INNER, :2]):
-        (x0, y0), (x1, y1) = lips.min(0).astype(int).clip(0), lips.max(0).astype(int) + 1
+        x0, y0 = lips.min(0).astype(int).clip(0)
+        x1, y1 = lips.max(0).astype(int) + 1
         if y1 - y0 >= OPEN_PX:
-            inside = cv2.cvtColor(picture[y0:y1, x0:x1], cv2.COLOR_RGB2GRAY)
+            inside = luma(picture[y0:y1, x0:x1])
             looks.append(cv2.resize(inside, (24, 12), interpolation=cv2.INTER_AREA))
-    return float(np.std(looks, 0).mean()) if len(looks) >= 5 else None
+    return np.std(looks, 0).mean() if len(looks) >= 5 else None
 
 
 def find_landmarks(tracker, pictures):
     """MediaPipe on crops: uint8 [T, 256, 256, 3] -> float32 [T, K, 3] px, gaps interpolated; None
     if no face at all."""
     tracker.forget()
-    points = np.full((len(pictures), faces.K, 3), np.nan, np.float32)
-    for t, picture in enumerate(pictures):
-        found = tracker.find(picture)
-        if found:
-            points[t] = max(found, key=faces.face_size)
+    found = [tracker.find(picture) for picture in pictures]
+    points = faces.follow_face(found)
     return faces.fill_gaps(points) if np.isfinite(points).any() else None
-
-
-# ---------------------------------------------------------------- rows of the table
-def measure_lips(net, clip, features, silent):
-    """One row without a picture: what the sound asks for against what the landmarks say; and how far
-    the closed reference's jaw lies from the frame's, as it is and with the frame's head pose, px."""
-    landmarks, shapes = predict_shapes(net, clip, features)
-    true = faces.mouth_shape(clip.landmarks)
-    lips = faces.LIPS_OUTER + faces.LIPS_INNER
-    error = np.linalg.norm((landmarks - clip.landmarks)[:, lips, :2], axis=-1)
-    row = compare_shapes(shapes, true)
-    row |= dict(error=float(error.mean()), deviation=float(shapes[:, 0].std() / max(true[:, 0].std(), 0.1)))
-    for name, sound, amplitude in (("silence", silent, 1), ("amp_0.5", features, 0.5), ("amp_1.5", features, 1.5)):
-        opening = predict_shapes(net, clip, sound, amplitude)[1][:, 0].mean()
-        row[name] = float(opening if name == "silence" else opening / max(row["opening"], 0.1))
-    _, points = clip_points(clip, net.config)
-    jaw = clip.landmarks[:, faces.JAW, :2]
-    for name, there in (("jaw", points[:, 0, 0]), ("jaw_posed", points[:, 0, 1])):
-        row[name] = float(np.linalg.norm(there[:, faces.JAW] * faces.CROP_PX - jaw, axis=-1).mean())
-    return row
 
 
 def measure_pictures(made, true, clip, tracker, networks, sound):
     """One row: what is made of a clip against what is true, both uint8 [T, 256, 256, 3]; sound as
-    the sync expert hears it."""
-    half = faces.CROP_PX // 2
-    error = ((made[:, half:].astype(np.float64) - true[:, half:]) ** 2).mean((1, 2, 3))
-    boxes = lip_boxes(clip.landmarks)
-    sharp = [sharpness(m, box) / max(sharpness(t, box), 1e-6) for m, t, box in zip(made, true, boxes)]
-    similar = [ssim(m, t) for m, t in zip(made[::5, half:], true[::5, half:])]
-    row = dict(psnr=float(np.mean(10 * np.log10(255 ** 2 / np.maximum(error, 1e-2)))),
-               ssim=float(np.mean(similar)), sharpness=float(np.median(sharp)),
-               seam=seam(made) - seam(true))
+    the sync expert hears it. psnr, ssim: of the lower halves; seam: made - true."""
+    lower, true_lower = made[:, HALF:], true[:, HALF:]
+    row = {"psnr": psnr(lower, true_lower)}
+    row["ssim"] = np.mean([ssim(a, b) for a, b in zip(lower[::5], true_lower[::5])])
+    row["sharpness"] = sharpness(made, true, clip.landmarks)
+    row["seam"] = seam(made) - seam(true)
     points = find_landmarks(tracker, made)
     if points is not None:
-        shapes, wanted = faces.mouth_shape(points), faces.mouth_shape(clip.landmarks)
-        lips = faces.LIPS_OUTER + faces.LIPS_INNER
-        distance = np.linalg.norm((points - clip.landmarks)[:, lips, :2], axis=-1)
-        row |= compare_shapes(shapes, wanted)
-        row |= dict(lag=lag_of(shapes[:, 0], wanted[:, 0]), lmd=float(distance.mean()))
-        teeth = teeth_variation(made, points), teeth_variation(true, clip.landmarks)
-        if None not in teeth:
-            row["teeth"] = teeth[0] / max(teeth[1], 1e-6)
-    lower = torch.from_numpy(np.ascontiguousarray(made[:, half:].transpose(0, 3, 1, 2)))
-    lower = fn.interpolate(lower.float() / 255, scale_factor=0.5, mode="area")  # [T, 3, 64, 128]
-    if networks.sync is not None:
-        found = experts.measure_offset(networks.sync, lower, sound)
-        row |= {name: found[name] for name in ("offset", "confidence")}
-    if networks.reader is not None and clip.text:
-        read = networks.reader.read(lower[None])[0]
-        row["cer"] = experts.character_error_rate(read, clip.text)
+        row |= measure_mouths(points, made, true, clip.landmarks)
+    return row | ask_experts(networks, lower, sound, clip.text)
+
+
+def measure_mouths(points, made, true, landmarks):
+    """lmd: distance of the lips found in the made pictures, px; teeth: their variation, made / true
+    (no entry where one has none); points, landmarks [T, K, 3]"""
+    shapes, wanted = faces.mouth_shape(points), faces.mouth_shape(landmarks)
+    row = compare_shapes(shapes, wanted)
+    row["lag"] = lag_of(shapes[:, 0], wanted[:, 0])
+    row["lmd"] = point_error(points, landmarks, LIPS)
+    ours, theirs = teeth_variation(made, points), teeth_variation(true, landmarks)
+    if ours is not None and theirs is not None:
+        row["teeth"] = ours / max(theirs, 1e-6)
     return row
 
 
+def ask_experts(networks, lower, sound, text):
+    """What the experts say of lower halves, uint8 [T, 128, 256, 3]: offset, frames; confidence;
+    cer: character error rate of the text that is read"""
+    row, planes = {}, torch.from_numpy(lower).permute(0, 3, 1, 2)
+    small = fn.avg_pool2d(planes.float() / 255, 2)  # [T, 3, 64, 128]
+    if networks.sync is not None:
+        found = experts.measure_offset(networks.sync, small, sound)
+        row |= dict(offset=found["offset"], confidence=found["confidence"])
+    if networks.reader is not None and text:
+        read = networks.reader.read(small[None])[0]
+        row["cer"] = experts.character_error_rate(read, text)
+    return row
+
+
+# ---------------------------------------------------------------- figures of the experts
 @torch.no_grad()
 def measure_experts(networks, clip, text_of_another, rng):
-    """One row: how well the experts judge a real clip.
-
-    accuracy of S frames alone, accuracy_1s of a second's mean, the same with white noise 10 dB
-    below the speech: sync_accuracy, 0..1; shift: 1 if a shift of the sound, -7..7 frames, is found
-    to within one; cer: character error rate; reads: 1 if the true text costs less than another's.
-    """
-    row, sync, reader = {}, networks.sync, networks.reader
+    """One row: how well the experts judge a real clip; _10db: with white noise 10 dB below the
+    speech."""
+    row, sync = {}, networks.sync
     pictures = torch.from_numpy(data.lower_halves(clip, range(len(clip))))  # [T, 3, 64, 128]
     if sync is not None and len(clip) > 2 * experts.GROUP + 7:
         wave = clip.sound()
-        for name, heard in (("_10db", data.add_noise(wave, 10, rng).clip(-1, 1)), ("", wave)):
+        noisy = data.add_noise(wave, 10, rng).clip(-1, 1)
+        for name, heard in (("_10db", noisy), ("", wave)):
             features = networks.audio_encoder(torch.from_numpy(heard)[None])[0]
             sound = experts.sync_sound(sync, lipsync.log_mel(heard), features)
             video, audio = experts.embed_clip(sync, pictures, sound)
             row["accuracy" + name] = experts.sync_accuracy(video, audio)
-            second = min(FPS, len(video) // 2)
+            second = min(lipsync.FPS, len(video) // 2)
             row["accuracy_1s" + name] = experts.sync_accuracy(video, audio, second)
-        late, G = int(rng.integers(-7, 8)), len(video)
-        curve = experts.sync_curve(video[max(0, late):G + min(0, late)],
-                                   audio[max(0, -late):G - max(0, late)])
-        row["shift"] = float(abs(experts.read_curve(curve)[0] - late) <= 1)
-    if reader is not None and clip.text:
-        video = pictures[None] / 255
-        row["cer"] = experts.character_error_rate(reader.read(video)[0], clip.text)
-        tokens = [torch.tensor([data.encode_text(text)]) for text in (clip.text, text_of_another)]
-        costs = [float(losses.lip_reading_loss(reader(video, one), one, data.PAD)) for one in tokens]
-        row["reads"] = float(costs[0] < costs[1])
+        row["shift"] = shift_found(video, audio, int(rng.integers(-7, 8)))
+    if networks.reader is not None and clip.text:
+        row |= measure_reader(networks.reader, pictures[None] / 255, clip.text, text_of_another)
     return row
+
+
+def shift_found(video, audio, late):
+    """Whether a sound that is `late` frames too late is found to be so, to within one frame;
+    video, audio [G, E] of a clip in sync"""
+    common = len(video) - abs(late)
+    lips, sound = video[max(0, late):], audio[max(0, -late):]
+    curve = experts.sync_curve(lips[:common], sound[:common])
+    offset, _, _ = experts.read_curve(curve)
+    return abs(offset - late) <= 1
+
+
+def measure_reader(reader, video, text, text_of_another):
+    """cer: character error rate; reads: whether the true text costs less than another's"""
+    costs = []
+    for some in (text, text_of_another):
+        tokens = torch.tensor([data.encode_text(some)])
+        cost = losses.lip_reading_loss(reader(video, tokens), tokens, data.PAD)
+        costs.append(float(cost))
+    read = reader.read(video)[0]
+    return dict(cer=experts.character_error_rate(read, text), reads=costs[0] < costs[1])
+
+
+# ---------------------------------------------------------------- speed
+def forward_parts(net, refs, masked, audio, amplitude, points):
+    """LipSync.forward part by part: yields (name, what it has made), the picture last."""
+    tokens = net.fusion.encode_audio(audio, amplitude)
+    lips = None if net.lip_head is None else net.lip_head(tokens, points)
+    yield "sound+lips", lips
+    if lips is not None:
+        refs = net.move_references(refs, points, lips)
+        yield "warp", refs
+    image, skips = net.image_encoder(refs, masked)
+    yield "image encoder", image
+    fused = net.fusion.exchange(image, tokens)
+    yield "fusion", fused
+    yield "decoder", net.decoder(fused, skips, refs, masked)
+
+
+@torch.inference_mode()
+def measure_speed(net, seconds=1.0):
+    """One row: gmac, 1e9 multiply-adds of a frame; milliseconds a frame of each part and of all, in
+    batches of BATCH on this CPU, the fastest within `seconds`; threads."""
+    gmac, _ = lipsync.gmac(net, *lipsync.example(net.config))  # and all is warm
+    inputs = lipsync.example(net.config, BATCH)
+    row, laps = {}, collections.defaultdict(list)
+    begin = now = time.perf_counter()
+    while not laps or now - begin < seconds:
+        now = time.perf_counter()
+        for part, _ in forward_parts(net, *inputs):
+            start, now = now, time.perf_counter()
+            laps[part].append(now - start)
+    for part, times in laps.items():
+        row[part] = 1000 * min(times) / BATCH
+    total = sum(row.values())
+    return dict(gmac=gmac, **row, all=total, threads=torch.get_num_threads())
+
+
+def speed_rows(net):
+    """measure_speed of this network and of each preset's, with weights of the same type"""
+    rows = {"network": measure_speed(net)}
+    dtype = next(net.parameters()).dtype
+    for preset, config in lipsync.PRESETS.items():
+        fresh = lipsync.LipSync(config).to(dtype=dtype, memory_format=torch.channels_last)
+        rows[preset] = measure_speed(fresh.eval())
+    return rows
 
 
 # ---------------------------------------------------------------- the table
 def evaluate(run, weights):
-    """The held-out table {folder: {row: {column: number}}}.
+    """The held-out table {folder: {row: {column: number}}}, and {"speed": {network: {...}}}.
 
     Rows: lips (no pictures), model, copy (the middle reference's lower half), silence, real,
-    each amplitude, experts. At most eval_clips of each folder. A video's own sound may be late: the
-    best lag within 3 frames has a column of its own."""
+    each amplitude, experts. At most eval_clips of each folder."""
     networks = experts.load_networks(weights, "cpu")
-    print_speed(networks.net)
-    table, rng = {}, np.random.default_rng(0)
+    collected, rng = {}, np.random.default_rng(0)
     texts = sorted({info.text for info in run.held_out} - {""}) or [""]
+    chosen = choose_clips(run.held_out, run.config.eval_clips)
     with faces.FaceTracker() as tracker:
-        for info in tqdm(choose_clips(run.held_out, run.config.eval_clips), desc="eval", unit="clip"):
-            clip, rows = data.load_or_skip(info.path), table.setdefault(info.folder(), {})
+        for info in tqdm(chosen, desc="eval", unit="clip"):
+            clip, rows = data.load_or_skip(info.path), collected.setdefault(info.folder(), {})
             if clip is None:
                 continue
-            for name, row in clip_rows(run, networks, clip, tracker, not rows, info.folder()):
+            folder = {".": "videos"}.get(info.folder(), info.folder().replace("/", "_"))
+            strip = None if rows else run.out / f"strip_{folder}.png"
+            for name, row in clip_rows(networks, clip, tracker, strip):
                 rows.setdefault(name, []).append(row)
             other = texts[int(rng.integers(len(texts)))]
             rows.setdefault("experts", []).append(measure_experts(networks, clip, other, rng))
-    return {folder: {name: average(some) for name, some in rows.items()}
-            for folder, rows in table.items()}
+    table = {}
+    for folder, rows in collected.items():
+        table[folder] = {name: average(some) for name, some in rows.items()}
+    table.setdefault("speed", {}).update(speed_rows(networks.net))
+    return table
 
 
-def clip_rows(run, networks, clip, tracker, first, folder):
-    """Yields (name, row) of one clip; of a folder's first clip also writes the strip."""
+def clip_rows(networks, clip, tracker, strip):
+    """Yields (name, row) of one clip; writes the PNG `strip` if it is not None."""
     net, wave = networks.net, torch.from_numpy(clip.sound())
     with torch.inference_mode():
-        features = networks.audio_encoder(wave[None])[0]  # [T, D]
+        features = networks.audio_encoder(wave[None])[0]  # [L, D]
         silent = networks.audio_encoder(torch.zeros_like(wave)[None])[0]
-    true = np.stack([clip.frame(i) for i in range(len(clip))])
-    refs, _ = clip_points(clip, net.config)
-    copy = true.copy()
-    copy[:, faces.CROP_PX // 2:] = true[refs[len(refs) // 2], faces.CROP_PX // 2:]
     sound = networks.sync and experts.sync_sound(networks.sync, clip.mel, features)
     if net.lip_head is not None:
         yield "lips", measure_lips(net, clip, features, silent)
-    made = redraw_clip(net, clip, features)
-    if first:
-        name = "videos" if folder == "." else folder.replace("/", "_")
-        save_strip(run.out / f"strip_{name}.png", true[refs], made, true)
+    true, made = clip_frames(clip), redraw_clip(net, clip, features)
+    if strip:
+        save_strip(strip, net, clip, features, made)
+    refs, _ = clip_points(clip, net.config)
+    copy = true.copy()
+    copy[:, HALF:] = true[refs[len(refs) // 2], HALF:]
     pictures = dict(model=made, copy=copy, silence=redraw_clip(net, clip, silent), real=true)
     for name, these in pictures.items():
         yield name, measure_pictures(these, true, clip, tracker, networks, sound)
     for amplitude in AMPLITUDES:
         points = find_landmarks(tracker, redraw_clip(net, clip, features, amplitude))
-        opening = {} if points is None else {
-            "opening": float(faces.mouth_shape(points)[:, 0].mean())}
-        yield f"amplitude {amplitude:g}", opening
+        row = {}
+        if points is not None:
+            row["opening"] = faces.mouth_shape(points)[:, 0].mean()
+        yield f"amplitude {amplitude:g}", row
 
 
 def choose_clips(infos, count):
-    """At most `count` clips of each folder, evenly spread over it, each video once before any twice"""
-    folders = {}
+    """At most `count` clips of each folder, evenly spread, each video once before any twice"""
+    folders = collections.defaultdict(list)
     for info in infos:
-        folders.setdefault(info.folder(), []).append(info)
+        folders[info.folder()].append(info)
     chosen = []
     for some in folders.values():
-        seen, turns = {}, []
+        turns, seen = collections.defaultdict(list), collections.Counter()
         for info in some:
-            turns.append((seen.setdefault(info.source, 0), info.path))
+            turns[seen[info.source]].append(info)
             seen[info.source] += 1
-        order = [info for _, info in sorted(zip(turns, some), key=lambda pair: pair[0])]
-        first = [info for (turn, _), info in sorted(zip(turns, some), key=lambda pair: pair[0]) if turn == 0]
-        step = max(1, len(first) // count)
-        spread = first[::step] if len(first) >= count else order
-        chosen += spread[:count]
+        order = sum(turns.values(), [])  # all videos' first clips, then all second ones
+        if len(turns[0]) >= count:
+            order = turns[0][::len(turns[0]) // count]
+        chosen += order[:count]
     return chosen
 
 
 def average(rows):
-    """Dicts with some of the same keys -> one: how many, and the mean of each column; of a lag or an
-    offset the median."""
+    """Dicts with some of the same keys -> one: how many, and the mean of each column; of a lag or
+    an offset the median."""
     result = {"clips": len(rows)}
     for name in sorted({name for row in rows for name in row}):
         values = [row[name] for row in rows if name in row]
-        result[name] = float(np.median(values) if name in ("lag", "offset") else np.mean(values))
+        middle = np.median if name in ("lag", "offset") else np.mean
+        result[name] = float(middle(values))
     return result
 
 
-def save_strip(png, refs, made, true, count=10):
-    """A clip over time, `count` moments from left to right; rows closed reference | open reference |
-    output | truth."""
-    at = np.linspace(0, len(true) - 1, count).round().astype(int)
-    rows = [np.stack([refs[0]] * count), np.stack([refs[-1]] * count), made[at], true[at]]
-    sheet = np.stack(rows).transpose(0, 2, 1, 3, 4).reshape(4 * faces.CROP_PX, -1, 3)
-    cv2.imwrite(str(png), sheet[..., ::-1])
-
-
-@torch.inference_mode()
-def print_speed(net):
-    """Multiply-adds, and milliseconds a frame of each part in batches of 8"""
-    inputs = [x.to(next(net.parameters()).device) for x in lipsync.example(net.config, BATCH)]
-    total, _ = lipsync.gmac(net, *inputs)
-    whole = 1000 * lipsync.seconds_a_frame(net, BATCH)
-    print(f"network: {total / BATCH:.3f} GMAC, {whole:.1f} ms a frame in batches of {BATCH} "
-          f"({1000 / whole:.0f} frames/s)")
-    refs, masked, audio, _, points = inputs
-    image, skips = net.image_encoder(refs, masked)
-    tokens = net.fusion.encode_audio(audio)
-    parts = {"image encoder": (net.image_encoder, refs, masked), "fusion": (net.fusion.exchange, image, tokens),
-             "decoder": (net.decoder, image, skips, refs, masked)}
-    if net.lip_head is not None:
-        parts["warp"] = net.warp, refs, points[:, :, 0], points[:, :, 1]
-    for name, (part, *given) in parts.items():
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            part(*given)
-            times.append(time.perf_counter() - start)
-        print(f"  {name}: {1000 * min(times) / BATCH:.1f} ms")
-
-
 def print_table(table):
-    """Three: lips, pictures, experts."""
+    """Four: lips, pictures, experts, and the speed of the networks."""
     for kind, columns in COLUMNS.items():
-        widths = [max(9, len(column) + 2) for column in columns]
         for folder, rows in table.items():
-            print(f"\n{folder:14}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths)))
-            for name, row in rows.items():
-                belongs = name if name in ("lips", "experts") else "pictures"
-                if belongs == kind:
-                    cells = [f"{row[c]:{w}.3g}" if c in row else f"{'-':>{w}}"
-                             for c, w in zip(columns, widths)]
-                    print(f"{name:14}" + "".join(cells))
+            some = {name: row for name, row in rows.items() if kind_of(name, row) == kind}
+            if some:
+                heads = [column.rjust(width_of(column)) for column in columns]
+                print(f"\n{folder:14}" + "".join(heads))
+            for name, row in some.items():
+                print(f"{name:14}" + "".join(cell(row, column) for column in columns))
+    print(f"\nspeed: 1e9 multiply-adds and milliseconds a frame, batches of {BATCH}, on this CPU")
+
+
+def kind_of(name, row):
+    """Which of COLUMNS a row has"""
+    if "gmac" in row:
+        return "speed"
+    return name if name in COLUMNS else "pictures"
+
+
+def width_of(column):
+    return max(9, len(column) + 2)
+
+
+def cell(row, column):
+    text = f"{row[column]:.3g}" if column in row else "-"
+    return text.rjust(width_of(column))
