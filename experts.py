@@ -323,7 +323,7 @@ class LipReader(nn.Module):
     Patent: the lip-reading expert, S3(2): P(Y | V) of the text Y given the video V. Nothing is said
         of its inside.
     Shapes: pictures [B, T, 3, H, 2H], tokens [B, U] int64 -> logits [B, U, V]; entry n has seen the
-        video and tokens 0..n-1. lengths [B]: frames of each clip, where padded. read -> B str.
+        video and tokens 0..n-1. lengths [B]: frames of each clip, where padded.
     Choice: 3-D convolution, 2-D ResNet, Transformer (Afouras et al., 2018) and a CTC head, which
         learns first and pulls the rest along (Petridis et al., 2018). Grey, each frame normalised:
         light does not matter. Convolution over time before the attention: order is learned sooner.
@@ -368,8 +368,7 @@ class LipReader(nn.Module):
         grey = (grey - grey.mean((2, 3), keepdim=True)) / contrast
         padding = None
         if lengths is not None:
-            ends = torch.as_tensor(lengths, device=grey.device)
-            padding = torch.arange(T, device=grey.device) >= ends[:, None]
+            padding = torch.arange(T, device=grey.device) >= lengths.to(grey.device)[:, None]
         maps = self.stem(hide(grey, padding)[:, None])  # [B, C, T, h/4, w/4]
         maps = maps.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         frames = self.frames(maps).unflatten(0, (B, T))  # [B, T, hidden]
@@ -393,21 +392,16 @@ class LipReader(nn.Module):
         return self.decode(memory, padding, tokens)
 
     @torch.no_grad()
-    def read(self, pictures, lengths=None):
+    def read(self, pictures):
         """The texts, B str: CTC's best path or the decoder's, whichever both together believe."""
-        memory = self.encode(pictures, lengths)[1]
-        if lengths is None:
-            lengths = [memory.shape[1]] * len(memory)
-        return [self.read_one(one[None, :end]) for one, end in zip(memory, lengths)]
-
-    def read_one(self, memory):
-        """memory [1, T, hidden] -> str"""
-        path = self.ctc_head(memory)[0].argmax(-1)  # [T]
-        by_ctc = [token for token in path.unique_consecutive().tolist() if token < BOS]
-        by_decoder = self.follow_decoder(memory)
-        if self.cost(memory, by_ctc) <= self.cost(memory, by_decoder):
-            return decode_tokens(by_ctc)
-        return decode_tokens(by_decoder)
+        texts = []
+        for memory in self.encode(pictures)[1].split(1):  # [1, T, hidden]
+            path = self.ctc_head(memory)[0].argmax(-1)  # [T]
+            by_ctc = [token for token in path.unique_consecutive().tolist() if token < BOS]
+            by_decoder = self.follow_decoder(memory)
+            better = self.cost(memory, by_ctc) <= self.cost(memory, by_decoder)
+            texts.append(decode_tokens(by_ctc if better else by_decoder))
+        return texts
 
     def follow_decoder(self, memory):
         """The likeliest token, again and again; one a frame at most, as CTC has it."""
@@ -445,8 +439,7 @@ def ctc_costs(logits, tokens, lengths=None, zero_infinity=False):
     sizes = (tokens < BOS).sum(1)
     if lengths is None:
         lengths = torch.full_like(sizes, logits.shape[1])
-    ends = torch.as_tensor(lengths, device=sizes.device)
-    return fn.ctc_loss(chances, tokens, ends, sizes, PAD, "none", zero_infinity)
+    return fn.ctc_loss(chances, tokens, lengths.to(sizes), sizes, PAD, "none", zero_infinity)
 
 
 def lip_batch_loss(reader, pictures, tokens, lengths=None):
@@ -467,8 +460,7 @@ def lip_batch_loss(reader, pictures, tokens, lengths=None):
 
 
 def character_error_rate(read, truth):
-    """Edits (insert, delete, replace a character) that turn `read` into `truth`, per character of
-    `truth`: 0 is perfect."""
+    """Edits (insert, delete, replace) that turn `read` into `truth`, per character of `truth`"""
     row = list(range(len(truth) + 1))  # edits from the empty text
     for i, a in enumerate(read, 1):
         above, row[0] = row[0], i
@@ -530,16 +522,15 @@ def load_networks(path=None, device="cpu"):
             raise ValueError("no weights of the audio encoder")
         if not isinstance(sync, SyncXNet | None) or not isinstance(reader, LipReader | None):
             raise ValueError("an expert stands in the other's place")
-        if sync is not None and sync.config["audio_dim"] != config.audio_dim:
+        if sync and sync.config["audio_dim"] != config.audio_dim:
             raise ValueError("the sync expert takes sound of another width")
     except BadInput:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: its parts do not fit together ({reason})") from None
-    for module in (net, audio_encoder, sync, reader):
-        if module is not None:
-            module.to(device).eval()
+    for module in filter(None, (net, audio_encoder, sync, reader)):
+        module.to(device).eval()
     fast = lipsync.fast_bfloat16(torch.device(device))
     net.to(memory_format=torch.channels_last, dtype=torch.bfloat16 if fast else None)
     return Networks(net, audio_encoder, sync, reader, content.get("about", {}), config)
@@ -589,8 +580,8 @@ def measure_opening(opening, wave, found):
     opening_speech, opening_pause: mean px while the sound is louder or, for 5 frames at least,
     softer than a twentieth of its 95th percentile; None if it never is.
     """
-    T = min(len(opening), len(wave) // SAMPLES_PER_FRAME)
     result = dict(r_loudness=None, opening_speech=None, opening_pause=None)
+    T = min(len(opening), len(wave) // SAMPLES_PER_FRAME)
     if T < 5:
         return result
     opening, found = np.float64(opening[:T]), np.asarray(found[:T])
@@ -601,18 +592,14 @@ def measure_opening(opening, wave, found):
     for name, at in (("opening_speech", ~pause & found), ("opening_pause", pause & found)):
         if at.any():
             result[name] = float(opening[at].mean())
-    whole = mean_of_5(found) > 0.99
-    gap, voice = mean_of_5(opening)[whole], mean_of_5(loudness)[whole]
+    # means of 5 frames [T-4]; zeros beyond the ends would make any two series look alike
+    seen, gap, voice = [np.convolve(series, np.ones(5) / 5, "valid")
+                        for series in (found, opening, loudness)]
+    gap, voice = gap[seen > 0.99], voice[seen > 0.99]
     if len(voice) > 1 and voice.std() > 1e-6:
-        result["r_loudness"] = 0.0  # of a still mouth
-        if gap.std() > STILL_PX:
-            result["r_loudness"] = float(np.corrcoef(gap, voice)[0, 1])
+        still = gap.std() <= STILL_PX
+        result["r_loudness"] = 0.0 if still else float(np.corrcoef(gap, voice)[0, 1])
     return result
-
-
-def mean_of_5(series):
-    """[T] -> [T-4]. Nothing is added at the ends: zeros there make any two series look alike."""
-    return np.convolve(series, np.ones(5) / 5, "valid")
 
 
 @torch.no_grad()
@@ -639,23 +626,21 @@ def measure_video(path, networks):
     if reader is not None:
         texts = []
         for piece in pictures.split(data.CLIP_FRAMES):  # as long as training clips
-            video = piece[None].to(device).float() / 255
-            texts += reader.read(video)
+            texts += reader.read(piece[None].to(device) / 255)
         result["text"] = " ".join(texts).strip()
     return result
 
 
 def print_result(result):
-    numbers = {}
-    for name in ("opening_speech", "opening_pause", "r_loudness"):
-        numbers[name] = "none" if result[name] is None else f"{result[name]:.2f}"
+    speech, pause, r = ["none" if result[name] is None else f"{result[name]:.2f}"
+                        for name in ("opening_speech", "opening_pause", "r_loudness")]
     print("frames      {frames}, with a face: {frames_with_face}".format(**result))
-    print("opening     {opening_speech} px in speech, {opening_pause} in pauses (of the 256 px "
-          "crop); r with loudness {r_loudness}".format(**numbers))
+    print(f"opening     {speech} px in speech, {pause} in pauses (of the 256 px crop); "
+          f"r with loudness {r}")
     if "offset" in result:
-        print("offset      {offset:+d} frames of 40 ms (+ = the sound comes late)".format(**result))
-        print("confidence  {confidence:.3f} (median minus least distance)".format(**result))
-        print("distance    {distance:.3f} (0..1.41, at that offset)".format(**result))
+        print("offset      {offset:+d} frames of 40 ms (+ = the sound comes late)\n"
+              "confidence  {confidence:.3f} (median minus least distance)\n"
+              "distance    {distance:.3f} (0..1.41, at that offset)".format(**result))
     if "text" in result:
         print("text        {text}".format(**result))
 
