@@ -1313,7 +1313,7 @@ def test_the_mouth_stages_target_is_the_true_mouth_scaled_about_the_closed_one(p
     assert (plain["amplitude"] == 1).all()
     shown = data.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=1.0, quiet_share=1.0)
     clip = data.load_clip(data.list_clips(prepared)[0].path)
-    row = shown.rows(clip.landmarks, clip.mel, data.loudness(clip), 6, np.random.default_rng(0))
+    row = shown.rows(clip.landmarks, clip.mel, None, data.loudness(clip), 6, np.random.default_rng(0))
     closed, a = row["points"][:, 0, 1, faces.MOUTH], row["amplitude"][:, None, None]
     true = closed + (row["lips"] - closed) / a
     everything = np.concatenate([clip.landmarks, data.mirror(clip.landmarks)])[:, faces.MOUTH, :2] / 256
