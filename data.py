@@ -85,8 +85,10 @@ class Clip:
     def frame(self, i, half=False):
         """-> uint8 RGB [256, 256, 3]; half: [128, 128, 3], decoded as such, 3 times faster"""
         jpeg = self.jpegs[self.offsets[i]:self.offsets[i + 1]]
-        size = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR
-        return cv2.imdecode(jpeg, size)[..., ::-1]  # BGR -> RGB
+        picture = cv2.imdecode(jpeg, cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR)
+        if picture is None:
+            raise BadInput(f"{self.path}: frame {i} is no picture")
+        return picture[..., ::-1]  # BGR -> RGB
 
 
 @contextlib.contextmanager
@@ -94,7 +96,7 @@ def naming(path):
     """Whatever goes wrong inside becomes a BadInput of one line that names the file."""
     try:
         yield
-    except BadInput:  # names one already
+    except BadInput:  # names it already
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -201,8 +203,7 @@ def words_of_align(text):
     rows = [row for row in rows if len(row) == 3]
     in_seconds = any("." in start + end for start, end, _ in rows)
     unit = 1.0 if in_seconds else 25000
-    words = [word_times(*row, unit) for row in rows]
-    words = list(filter(None, words))
+    words = timed_words(rows, unit)
     if not words:
         raise ValueError("no line of start, end, word")
     return [word for word in words if word[2] not in ("sil", "sp")]
@@ -214,10 +215,10 @@ def words_of_txt(text):
     text = text.strip()
     if text.startswith("Text:"):
         _, _, table = text.partition("WORD START END")
-        rows = [line.split()[:3] for line in table.splitlines()]
-        words = [word_times(row[1], row[2], row[0]) for row in rows if len(row) == 3]
-        if any(words):
-            return list(filter(None, words))
+        rows = [line.split() for line in table.splitlines()]
+        words = timed_words([(row[1], row[2], row[0]) for row in rows if len(row) >= 3])
+        if words:
+            return words
         text = text.splitlines()[0].removeprefix("Text:")
     sentence = " ".join(text.split())
     return [(0.0, math.inf, sentence)] if sentence else []
@@ -230,12 +231,13 @@ def decode_file(path):
     return content.decode("utf-16" if wide else "utf-8-sig")
 
 
-def word_times(start, end, word, unit=1.0):
-    """-> (start s, end s, word), or None where the times are no numbers"""
-    try:
-        return float(start) / unit, float(end) / unit, word
-    except ValueError:
-        return None
+def timed_words(rows, unit=1.0):
+    """Rows of (start, end, word) -> list of (start s, end s, word), without headers"""
+    words = []
+    for start, end, word in rows:
+        with contextlib.suppress(ValueError):  # times that are no numbers
+            words.append((float(start) / unit, float(end) / unit, word))
+    return words
 
 
 def clip_text(words, start, end, seconds):
@@ -682,6 +684,7 @@ def audio_input(config, frames, mel, features=None):
 
 
 def as_tensors(sample):
+    """dict of arrays and numbers -> dict of tensors"""
     return {name: torch.as_tensor(value) for name, value in sample.items()}
 
 
@@ -879,7 +882,7 @@ class MouthSamples:
 
     def __init__(self, infos, config, features, seed=0, offsets=None, quiet_share=0.15,
                  amplitude_share=0.5):
-        self.config, self.features, self.seed = config, features, seed
+        self.config, self.seed = config, seed
         self.quiet_share, self.amplitude_share = quiet_share, amplitude_share
         self.infos, self.clips = [], []
         for info in tqdm(infos, desc="landmarks", unit="clip", leave=False):
@@ -911,11 +914,12 @@ class MouthSamples:
         return batch
 
     def rows(self, landmarks, mel, features, loud, frames, rng):
+        """What a batch holds of `frames` frames of one clip: dict of arrays"""
         T = len(landmarks)
-        at = rng.integers(0, T, frames)
+        anywhere = rng.integers(0, T, frames)
         quiet = np.argsort(loud)[:max(1, T // 10)]
         is_quiet = rng.random(frames) < self.quiet_share
-        at = np.where(is_quiet, rng.choice(quiet, frames), at)
+        at = np.where(is_quiet, rng.choice(quiet, frames), anywhere)  # [frames]
         if rng.random() < 0.5:
             landmarks = mirror(landmarks)
         refs = select_references(landmarks, self.config.refs, exclude=at[:1], rng=rng)

@@ -1401,6 +1401,33 @@ def test_a_broken_clip_file_is_named_once_and_skipped(prepared, tmp_path, capsys
     assert len(data.MouthSamples(infos, TINY, None).clips) == 1
 
 
+def damaged(info, folder, **arrays):
+    """A clip's copy that can be loaded, but with other arrays in it"""
+    path = folder / info.path.name
+    with np.load(info.path) as file:
+        np.savez(path, **{**file, **arrays})
+    return dataclasses.replace(info, path=path)
+
+
+def test_whatever_goes_wrong_while_a_sample_is_made_names_the_clip_in_one_line(prepared, tmp_path):
+    info = data.list_clips(prepared)[0]
+    clip = damaged(info, tmp_path, jpegs=np.zeros(10**7, np.uint8))
+    for samples in (data.ClipDataset([clip], TINY), data.SyncDataset([clip], TINY),
+                    data.SentenceDataset([clip])):
+        with pytest.raises(lipsync.BadInput, match=rf"^{clip.path}: frame \d+ is no picture$"):
+            samples[0]
+    unnamed = rf"^{clip.path}: cannot be used \(\w+: .+\)$"  # an error that knows nothing of files
+    damaged(info, tmp_path, jpegs=np.zeros(0, np.uint8))
+    keeper = train.Keeper(bare_run(tmp_path), "sync", {}, 5, 1, {"kind": "sync"})
+    loader = torch.utils.data.DataLoader(data.SyncDataset([clip], TINY), num_workers=1)
+    with pytest.raises(lipsync.BadInput, match=unnamed):
+        next(keeper.steps(loader))
+    damaged(info, tmp_path, landmarks=np.zeros((125, 3, 3), np.float32))
+    for sample in (data.ClipDataset([clip], TINY).__getitem__, data.MouthSamples([clip], TINY, None).batch):
+        with pytest.raises(lipsync.BadInput, match=unnamed):
+            sample(0)
+
+
 def test_clips_made_with_more_options_stay_and_a_single_video_still_holds_out_its_end(prepared):
     assert data.up_to_date([4, 9, "a", "yolo", None], [4, 9, "a", None, None]) and not data.up_to_date([4, 9, "a", None, None], [4, 9, "a", "yolo", None])
     assert not data.up_to_date([4, 8, "a", None, None], [4, 9, "a", None, None]) and not data.up_to_date([], [4, 9, "a", None, None])
