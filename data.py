@@ -215,8 +215,9 @@ def words_of_txt(text):
     text = text.strip()
     if text.startswith("Text:"):
         _, _, table = text.partition("WORD START END")
-        rows = [line.split() for line in table.splitlines()]
-        words = timed_words([(row[1], row[2], row[0]) for row in rows if len(row) >= 3])
+        rows = [line.split()[:3] for line in table.splitlines()]
+        rows = [row for row in rows if len(row) == 3]
+        words = timed_words((start, end, word) for word, start, end in rows)
         if words:
             return words
         text = text.splitlines()[0].removeprefix("Text:")
@@ -300,7 +301,8 @@ def cut_out(frame, found, box):
     pixels = faces.shrink(frame[y0:y1, x0:x1]).copy()
     height, width = pixels.shape[:2]
     fx, fy = (x1 - x0) / width, (y1 - y0) / height
-    affine = np.array([[fx, 0, x0 + (fx - 1) / 2], [0, fy, y0 + (fy - 1) / 2]])
+    left, top = x0 + (fx - 1) / 2, y0 + (fy - 1) / 2  # pixel centres sit at whole numbers
+    affine = np.array([[fx, 0, left], [0, fy, top]])
     return (pixels, affine), box
 
 
@@ -576,8 +578,8 @@ def print_report(report):
               "on, until you delete them from .clips")
 
 
-def some_names(names, most=3):
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def some_names(names):
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 # ---- text and noise (S3): tokens of a sentence, other rooms and microphones ----------------------
@@ -859,8 +861,8 @@ def pair_amplitude(clip, heard, rng):
     wanted = looks[heard]  # [S, 4]
     wanted[:, 0] *= rng.uniform(0.4, 1.7)
     unlike = np.abs(looks - wanted[:, None])  # [S, T, 4]
-    turned = np.linalg.norm(unlike[..., 2:], axis=-1)
-    cost = 2 * unlike[..., 0] + 0.5 * unlike[..., 1] + 0.5 * turned  # [S, T]
+    opening, width, sideways, downwards = np.moveaxis(unlike, -1, 0)  # [S, T] each
+    cost = 2 * opening + 0.5 * width + 0.5 * np.hypot(sideways, downwards)
     shown = cost.argmin(1)
     ratio = gap[shown] / np.maximum(gap[heard], 2)
     amplitude = np.where(gap[heard] > 2, ratio, 1)
