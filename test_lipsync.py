@@ -32,7 +32,7 @@ import lipsync
 import losses
 import media
 import train
-from bench import drawn, evaluate
+from bench import drawn, evaluate, progress
 from lipsync import AudioSelector, Config, ImageEncoder, LipSync, ModalityFusion, SPADE, check
 
 HERE = pathlib.Path(__file__).parent
@@ -1537,7 +1537,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(trained, prepared, tmp
     monkeypatch.setattr(lipsync, "autocast", lambda device: contextlib.nullcontext())        # float32
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)       # the lips' noise differs by batch
     gradients = []
-    monkeypatch.setattr(train, "update", lambda run, parameters, *rest, **more: gradients.append([p.grad.clone() for p in parameters]) or 0.0)
+    monkeypatch.setattr(train, "update", lambda run, optimizer, *rest, **more: gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]]) or 0.0)
     for micro in (0, 3):                          # 4 groups in one, or 3 and 1
         assert train.train_generator(open_run(prepared, tmp_path / str(micro), trained[0], micro=micro, group=2, steps=1))
     assert len(gradients[0]) > 30 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
@@ -1591,7 +1591,7 @@ run = train.open_run(config)
 def catch(parameters, limit):
     torch.save([p.grad for p in parameters], f"{tmp_path}/{{world}}.{{run.rank}}.pt")
     return torch.zeros(())
-train.nn.utils.clip_grad_norm_ = catch
+torch.nn.utils.clip_grad_norm_ = catch
 train.train_generator(run)
 """)
     for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29534"]):
@@ -1804,7 +1804,7 @@ def test_offsets_of_an_earlier_run_are_found_anew_unless_it_is_resumed(prepared,
 def test_a_sheet_of_samples_whose_clips_are_all_broken_stops_nothing(tmp_path, capsys):
     broken = data.ClipInfo(tmp_path / "gone.npz", "a.mp4", "", 100)
     run = dataclasses.replace(bare_run(tmp_path), held_out=[broken])
-    train.save_samples(run, torch.nn.Identity(), run.audio_encoder, 1)
+    progress.save_samples(run, torch.nn.Identity(), run.audio_encoder, 1)
     assert "gone.npz" in capsys.readouterr().out and not (tmp_path / "samples").exists()
 
 
