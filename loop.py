@@ -82,10 +82,11 @@ class Keeper:
         self.bar = tqdm(total=self.total, initial=self.step, desc=self.name, unit="step",
                         disable=run.rank > 0, mininterval=1)
         try:
-            for self.batch in batches:
+            for batch in batches:
+                self.batch = batch
                 self.waiting += time.perf_counter() - waited
                 yield self.step, {name: value.to(run.device, non_blocking=True)
-                                  for name, value in self.batch.items()}
+                                  for name, value in batch.items()}
                 self.step += 1
                 self.bar.update()
                 self.stopped = self.asked_to_stop() and self.step < self.total

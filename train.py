@@ -9,7 +9,8 @@
 
 `python train.py --data DIR --preset edge` runs the stages that are not yet done and ends with the
 table. RUN/ holds config.json, log.csv, samples/, curves.png, offsets.json, the resumable sync.pt,
-lip.pt, mouth.pt, generator.pt, and weights.pt for infer.py. Axes as in lipsync.py and experts.py.
+lip.pt, mouth.pt, generator.pt, and weights.pt for infer.py. What all loops share is in loop.py. Axes
+as in lipsync.py and experts.py.
 """
 import argparse
 import dataclasses
@@ -51,7 +52,8 @@ def option(default, help, choices=None):
 class TrainConfig:
     """Every number of a training run; each is a flag."""
     data: str = option("", "folder of talking-head videos")
-    held_out: str = option("", "parts of paths of videos never trained on; empty: a hashed tenth")
+    held_out: str = option("", "videos never trained on: parts of their paths, with commas "
+                           "between; empty: a hashed tenth")
     amplitude_share: float = option(0.3, "share of samples that teach the amplitude")
     random_refs: bool = option(False, "references at random, not by the rule (ablation)")
     keep_offsets: bool = option(False, "leave each video's sound where it is")
@@ -146,10 +148,11 @@ def parse_flags(argv=None):
     path = Path(given.get("out", TrainConfig.out), "config.json")
     if given.get("resume") and path.is_file():
         base = {**read_saved_config(path), "resume": False}
-        changed = [name for name, value in given.items() if value != base.get(name)]
-        for name in sorted({*changed} - {"out", "stage", "resume"}):
-            text = f"{flag(name)} {given[name]}: the run in {path.parent} was begun with "
-            text += str(base.get(name))
+        for name, value in given.items():
+            there = base.get(name)
+            if name in ("out", "stage", "resume") or value == there:
+                continue
+            text = f"{flag(name)} {value}: the run in {path.parent} was begun with {there}"
             if name not in FREE:
                 raise BadInput(f"{text}; resume it as it was")
             print(text)
@@ -159,10 +162,9 @@ def parse_flags(argv=None):
 
 
 def read_saved_config(path):
-    """-> dict; BadInput if a field is unknown or of another type."""
-    saved, kinds = data.read_json(path), {}
-    for one in dataclasses.fields(TrainConfig):
-        kinds[one.name] = type(one.default)
+    """-> dict; BadInput if a field is unknown or of another type"""
+    saved = data.read_json(path)
+    kinds = {one.name: type(one.default) for one in dataclasses.fields(TrainConfig)}
     good = isinstance(saved, dict) and len(saved) > 0
     if not good or any(type(value) is not kinds.get(name) for name, value in saved.items()):
         raise BadInput(f"{path}: not the config of a run of this version")
@@ -257,8 +259,8 @@ def features_key(name, encoder):
 
 
 def prepare_features(run, noisy=False):
-    """A frozen audio encoder hears every clip once, and with `noisy` a corrupted copy, too; its
-    features lie beside the clip, float16 [T, D]."""
+    """A frozen audio encoder hears every clip once (noisy: also a corrupted copy); its features lie
+    beside the clip, float16 [T, D]."""
     if not run.features:
         return
     jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in {False, noisy}]
@@ -302,8 +304,8 @@ def build_networks(run):
 
 
 def copy_states(path, content, net, states):
-    """states: pairs of a module and its state in a checkpoint. BadInput names the fields in which
-    the checkpoint's config differs from the network's."""
+    """states: pairs (module, its state in a checkpoint). BadInput names the fields in which the
+    checkpoint's config differs from the network's."""
     try:
         for module, state in states:
             module.load_state_dict(state)
@@ -420,7 +422,8 @@ def train_mouth(run):
         offsets = find_offsets(run, net, encoder)
         if run.rank == 0:
             path.write_text(json.dumps(offsets, indent=1))
-            print(f"sound moved to the lips, {{frames: videos}}: {dict(Counter(offsets.values()))}")
+            counts = dict(Counter(offsets.values()))
+            print(f"videos whose sound is moved to the lips, by frames: {counts}")
         wait_for_all(run.world)
     samples = data.MouthSamples(run.clips, run.net_config, run.features, config.seed,
                                 read_offsets(run))
