@@ -1808,6 +1808,34 @@ def test_a_sheet_of_samples_whose_clips_are_all_broken_stops_nothing(tmp_path, c
     assert "gone.npz" in capsys.readouterr().out and not (tmp_path / "samples").exists()
 
 
+def test_curves_are_a_panel_for_each_loss_two_in_a_row_and_none_without_a_log(tmp_path):
+    progress.draw_curves(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "log.csv").write_text("stage,step,total,sync,lr\nsync,20,3,1,1\nsync,40,2,1,1\nmouth,20,5,,1\n")
+    progress.draw_curves(tmp_path)
+    assert cv2.imread(str(tmp_path / "curves.png")).shape == (2 * progress.HEIGHT, 2 * progress.WIDTH, 3)
+
+
+def test_weights_are_the_last_that_were_learned_in_half_the_size(trained):
+    made = lipsync.load_checkpoint(trained[0] / "generator.pt")
+    small = lipsync.load_checkpoint(trained[0] / "weights.pt")
+    for name, value in made["state"]["net"].items():
+        assert torch.equal(value, made["model"][name])
+        half = value.half() if value.is_floating_point() else value
+        assert torch.equal(half, small["model"][name]) and half.dtype == small["model"][name].dtype
+    for name, value in made["state"]["audio"].items():
+        assert torch.equal(value, made["audio_encoder"]["state"][name])
+
+
+def test_a_mouth_of_another_network_names_the_field_that_differs(tmp_path):
+    run = bare_run(tmp_path)
+    net = LipSync(run.net_config)
+    config = {**dataclasses.asdict(run.net_config), "lip_width": 7}
+    lipsync.save_checkpoint(tmp_path / "mouth.pt", {"kind": "mouth", "config": config, "state": {}})
+    with pytest.raises(lipsync.BadInput, match="mouth.pt: does not fit.*lip_width 7 there"):
+        train.load_mouth(run, net, run.audio_encoder)
+
+
 def test_an_error_of_a_loader_process_is_one_line(tmp_path):
     def batches():
         yield {}

@@ -9,8 +9,8 @@
 
 `python train.py --data DIR --preset edge` runs the stages that are not yet done and ends with the
 table. RUN/ holds config.json, log.csv, samples/, curves.png, offsets.json, the resumable sync.pt,
-lip.pt, mouth.pt, generator.pt, and weights.pt for infer.py. What all loops share is in loop.py. Axes
-as in lipsync.py and experts.py.
+lip.pt, mouth.pt, generator.pt, and weights.pt for infer.py. What all loops share is in loop.py.
+Axes as in lipsync.py and experts.py.
 """
 import argparse
 import dataclasses
