@@ -367,7 +367,7 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
         features = hearing.result()  # [1, L, D]
     lips, changed, strip, first_frame_s, kept = [], [], [], None, {}
     moments = {int((i + 0.5) * count / 8) for i in range(8)}
-    writer = dict(sound=audio, seconds=count / FPS, preset=PRESET)
+    writer = dict(sound=audio, seconds=count / FPS, preset=PRESET, like=video)
     with contextlib.ExitStack() as stack:
         movie = compare and compare.suffix.lower() == ".mp4"
         side = stack.enter_context(media.VideoWriter(compare, **writer)) if movie else None

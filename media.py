@@ -136,6 +136,17 @@ def read_audio(path):
     return (samples @ np.float32(signs * gain)).clip(-1, 1)
 
 
+def colour_matrix(info):
+    """What turns a video's YCbCr into RGB, as its tag says; without one BT.709 in HD, else BT.601,
+    as every player has it."""
+    names = "unknown|bt709|bt470bg|smpte170m|smpte240m|bt2020|fcc|gbr|rgb|bgr|gray"
+    tag = re.search(names, info.video)
+    if tag and tag[0] != "unknown":
+        return tag[0]
+    size = re.search(r", (\d+)x(\d+)", info.video)
+    return "bt709" if size and int(size[2]) >= 720 else "smpte170m"
+
+
 def picture_filters(info, fps):
     """What ffmpeg must do to a stream besides decoding: deinterlace, a constant rate (after that:
     a picture of each field), tone-map, square pixels."""
@@ -144,11 +155,9 @@ def picture_filters(info, fps):
         filters.insert(0, "bwdif=deint=interlaced")
     if re.search("smpte2084|arib-std-b67", info.video):
         filters.append(HDR_TO_BT709)
-    size = re.search(r", (\d+)x(\d+)", info.video)
-    tagged = re.search(r"bt709|bt470|smpte170m|smpte240m|bt2020|fcc|gbr|rgb|gray", info.video)
     scale = f"scale=iw*sar:ih:flags={EXACT}"
-    if size and int(size[2]) >= 720 and not tagged:
-        scale += ":in_color_matrix=bt709"  # as every player has it, though no tag says so
+    if colour_matrix(info) == "bt709":
+        scale += ":in_color_matrix=bt709"  # also where no tag says so
     filters += [scale, "setsar=1"]
     if re.search(r"yuva|rgba|argb|bgra|abgr|gbrap|ya8|ya16|pal8", info.video) or info.alpha_mode:
         filters += ["format=gbrap", "premultiply=inplace=1"]  # on black
@@ -229,24 +238,33 @@ def frames_at(video, numbers):
     raise BadInput(f"{video}: changed while it was being read")
 
 
+def written_matrix(like):
+    """The matrix, BT.709 or BT.601, for frames that were read from the file `like` (None: drawn)"""
+    old = like is not None and colour_matrix(probe(like)) in ("bt470bg", "smpte170m")
+    return "smpte170m" if old else "bt709"
+
+
 class VideoWriter:
     """Streams frames and a sound to an H.264/AAC file; the file appears only when all went well.
 
     with VideoWriter("out.mp4", sound) as writer: writer.write(rgb)  # uint8 [H, W, 3], one size
     sound: float32 [N] at 16 kHz; or the path of a media file, whose default track is taken as it is
     (at most 48 kHz, stereo); or None. seconds: where the sound is cut; None: at its end.
+    like: the video that the frames were read from: the file's colours are BT.601 or BT.709 as there,
+    where another would round each value once more. None: BT.709.
     lossless: RGB, every frame on its own, for a copy that is read back bit-equal.
     Raises BadInput when the file cannot be written (no folder, disk full, unknown suffix)."""
 
     def __init__(self, path, sound=None, fps=FPS, crf=18, preset="veryfast", seconds=None,
-                 lossless=False):
+                 like=None, lossless=False):
         self.path = Path(os.path.realpath(path))  # a link is written through
         self.sound, self.fps, self.seconds = sound, fps, seconds
         self.part = self.path.with_name(f".{hash_of(self.path.name):x}.{os.getpid()}{self.path.suffix}")
         self.process = None
+        matrix = written_matrix(like)
         self.codec = ["-c:v", "libx264", "-crf", str(crf), "-preset", preset, "-pix_fmt", "yuv420p",
-                      "-vf", f"scale=out_color_matrix=bt709:out_range=tv:flags={EXACT}",
-                      "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709",
+                      "-vf", f"scale=out_color_matrix={matrix}:out_range=tv:flags={EXACT}",
+                      "-colorspace", matrix, "-color_primaries", matrix, "-color_trc", matrix,
                       "-movflags", "+faststart"]
         if lossless:
             self.codec = ["-c:v", "libx264rgb", "-qp", "0", "-preset", "ultrafast", "-g", "1"]

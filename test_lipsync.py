@@ -2307,6 +2307,20 @@ def test_colours_survive_every_kind_of_signalling(people, tmp_path):
     assert worst_difference(frames_of(tmp_path / "part.ts"), base) < 4  # only the transfer curve is tagged
 
 
+def test_frames_are_written_in_the_matrix_of_the_video_they_come_from(people, tmp_path):
+    untagged = "setparams=colorspace=unknown:color_primaries=unknown:color_trc=unknown:range=unknown"
+    for matrix, tags in (("bt601", untagged), ("bt709", "setparams=colorspace=bt709")):
+        video, written = tmp_path / f"{matrix}.avi", tmp_path / f"{matrix}.mp4"
+        bars = f"[1:v]scale=out_color_matrix=bt709[b];[0:v][b]hstack,scale=in_color_matrix=bt709:out_color_matrix={matrix},{tags}"
+        ffmpeg("-i", people / "a.mp4", "-f", "lavfi", "-i", "smptebars=s=64x360:r=25", "-filter_complex", bars, "-t", 0.4,
+               "-c:v", "libx264", "-crf", 8, "-preset", "ultrafast", "-pix_fmt", "yuv420p", video)
+        frames = frames_of(video)
+        with media.VideoWriter(written, like=video) as writer:
+            for frame in frames:
+                writer.write(frame)
+        assert worst_difference(frames_of(written), frames) < 0.7
+
+
 def test_transparent_places_are_black_whatever_lies_under_them(people, tmp_path):
     see_through = "format=rgba,geq=r='if(lt(X,320),r(X,Y),0)':g='if(lt(X,320),g(X,Y),255)':b='if(lt(X,320),b(X,Y),0)':a='if(lt(X,320),255,0)'"
     for name, codec in (("alpha.mov", ("-pix_fmt", "yuva444p10le", "-c:v", "prores_ks", "-profile:v", "4444")),
