@@ -35,6 +35,8 @@ SAFE_FORMATS = ("aac,ac3,aiff,amr,apng,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,
                 "j2k_pipe,jpeg_pipe,png_pipe,tiff_pipe,webp_pipe,webp_anim,ivf,m4v,mjpeg,obu,y4m,yuv4mpegpipe")
 MOST_PICTURE_BYTES = 1 << 28  # a longer file is no picture
 EXACT = "accurate_rnd+full_chroma_int+bicubic"  # swscale's default truncates: a level too dark
+# A time over ten minutes after the last one is damage: filling the gap would take hours.
+NO_JUMP = "select='not(gt(t-if(isnan(prev_selected_t),0,prev_selected_t),600))'"
 HDR_TO_BT709 = ("setparams=colorspace=bt2020nc:color_primaries=bt2020,"  # also where tags are left out
                 "zscale=transfer=linear:npl=203,format=gbrpf32le,zscale=primaries=bt709,"
                 "tonemap=clip,zscale=transfer=bt709:matrix=bt709:range=tv,format=yuv420p")
@@ -114,7 +116,7 @@ def read_audio(path):
     turned: nothing cancels, a voice on one of six stays as it is, one of two voices is not lost.
     Raises BadInput: unreadable, "no sound track"."""
     track = probe(path).audio
-    options = ["-map", f"0:a:{track or 0}", "-af", "aresample=async=1:first_pts=0",
+    options = ["-map", f"0:a:{track or 0}", "-af", f"a{NO_JUMP},aresample=async=1:first_pts=0",
                "-ar", str(SAMPLE_RATE), "-c:a", "pcm_f32le", "-bitexact", "-f", "wav"]
     with ffmpeg_reader(path, *options) as (pipe, fail):
         header, _, body = pipe.read().partition(b"data")
@@ -150,9 +152,9 @@ def colour_matrix(info):
 def picture_filters(info, fps):
     """What ffmpeg must do to a stream besides decoding: deinterlace, a constant rate (after that:
     a picture of each field), tone-map, square pixels."""
-    filters = [f"fps={fps}:start_time=0"]
+    filters = [NO_JUMP, f"fps={fps}:start_time=0"]
     if re.search(r"dvvideo|(top|bottom) (coded )?first", info.video):
-        filters.insert(0, "bwdif=deint=interlaced")
+        filters.insert(1, "bwdif=deint=interlaced")
     if re.search("smpte2084|arib-std-b67", info.video):
         filters.append(HDR_TO_BT709)
     scale = f"scale=iw*sar:ih:flags={EXACT}"
@@ -295,7 +297,7 @@ class VideoWriter:
         clock = "aresample=async=1:first_pts=0:osf=fltp:clev=1"  # a centre voice stays as loud
         return ["-format_whitelist", SAFE_FORMATS, "-i", f"file:{self.sound}", *coding,
                 "-map", f"1:a:{track}", "-af",
-                f"{finite},{clock},aformat=sample_rates=48000|44100|32000|24000|22050|16000|12000|11025|8000"
+                f"a{NO_JUMP},{finite},{clock},aformat=sample_rates=48000|44100|32000|24000|22050|16000|12000|11025|8000"
                 ":channel_layouts=stereo|mono"]
 
     def clock_words(self):

@@ -3,6 +3,7 @@ training, dubbing. Drawn speakers only, no network. `pytest` runs it in about fi
 """
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -2356,6 +2357,24 @@ def test_where_sound_or_pictures_begin_first_both_stay_in_their_places_also_in_w
     for heard in (path, written):
         beep = np.argmax(np.abs(media.read_audio(heard)) > 0.02) / 16000
         assert abs(flash - beep) <= 0.045, heard
+
+
+def test_a_damaged_time_is_left_out_and_hours_are_not_filled(tmp_path):
+    path = tmp_path / "jump.ts"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=25:d=3", "-f", "lavfi", "-i", "sine=300:d=3", "-c:v", "mpeg2video", "-c:a", "mp2", "-pes_payload_size", 0, path)
+    content = bytearray(path.read_bytes())
+    for stream in (0xE0, 0xC0):                   # pictures, sound
+        packets = [m.start() for m in re.finditer(b"\0\0\1" + bytes([stream]), content)]
+        content[packets[20] + 9] |= 0x08          # the highest bit of the time: 13 hours
+    path.write_bytes(content)
+    count = sum(1 for _ in itertools.islice(media.read_frames(path), 1000))
+    assert 70 <= count <= 80
+    with media.VideoWriter(tmp_path / "out.mp4", path, seconds=3) as writer:
+        for frame in [np.zeros((64, 64, 3), np.uint8)] * 75:
+            writer.write(frame)
+    for heard in (path, tmp_path / "out.mp4"):
+        wave = media.read_audio(heard)
+        assert 2.8 < len(wave) / 16000 < 3.2 and wave[-8000:-3000].std() > 0.01
 
 
 def test_a_sound_with_holes_of_no_number_is_heard_and_written(tmp_path):
