@@ -10,8 +10,7 @@
     face box     | YoloFace, decode_yolo                             | S12: yolov8-face (with --face-detector)
     shots        | track_shots, is_cut                               | -
 
-Letters: T frames of a clip, H W pixels, K points of a face, P those of lips and jaw, S frames
-and R references of a group. Pictures are uint8 RGB, points float32 (x, y) pixels, mostly with a depth z.
+Letters as in lipsync.py. Pictures are uint8 RGB, points float32 (x, y) pixels, mostly with a depth z.
 """
 
 import contextlib
