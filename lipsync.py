@@ -729,7 +729,8 @@ class ReferenceWarp(nn.Module):
         [B, R, K, 2] where they shall lie, picture widths -> [B, R, 3, H, W] 0..1.
     Choice: at the nodes of a coarse grid the flow is the mean of source - target, weighted by a
         narrow Gaussian of the distance to the target plus a little of a wide one, for where no
-        point is near. Bilinear to full size, one sampling. Towards the upper half it fades out.
+        point is near. Bilinear to full size; one bicubic sampling, since a bilinear one blurs.
+        Towards the upper half it fades out.
     """
     NODES = 64                                    # in a picture's width: one each 4 px of 256
     NARROW, WIDE, SHARE = 6 / 256, 40 / 256, 1e-3  # sigmas, picture widths; weight of the wide one
@@ -748,8 +749,8 @@ class ReferenceWarp(nn.Module):
             x = (torch.arange(W, device=refs.device) + 0.5) / W
             place = torch.stack(torch.meshgrid(x, y, indexing="xy"))             # [2, 5/8 H, W]
             grid = (place + flow).permute(0, 2, 3, 1) * 2 - 1        # grid_sample's -1..1
-            lower = fn.grid_sample(refs.flatten(0, 1).float(), grid, mode="bilinear",
-                                   padding_mode="border", align_corners=False)
+            lower = fn.grid_sample(refs.flatten(0, 1).float(), grid, mode="bicubic",
+                                   padding_mode="border", align_corners=False).clamp(0, 1)
         lower = lower.unflatten(0, (B, R))                           # [B, R, 3, 5/8 H, W]
         moved = torch.cat([refs[:, :, :, :H - rows].float(), lower], 3)
         return check(moved.to(refs.dtype), "B R 3 H W", "warp.moved", B=B, R=R)
@@ -883,8 +884,13 @@ class ReferenceMix(nn.Module):
     Patent: silent; it wants teeth and skin taken from the references (S2(2), advantages 3 and 7).
     Shapes: x [B, C, h, w] decoder features of the lower 5/8, refs [B, R, 3, H, W] 0..1, as warped
         -> [B, 3, 5/8 H, W] 0..1.
-    Choice: a softmax over R; the pixels are real ones, so sharp, also for a face never seen before.
+    Choice: softmax over R, twice. Colour and shade of each 4 x 4 pixels are mixed softly, which the
+        losses want; detail finer than that is mixed with FIRM times the logits, so that it comes
+        from one reference nearly alone, since the mean of three is a blur. No gradient goes there:
+        L1 would soften it. The pixels are real ones, so sharp, also for a face never seen before.
+        Source: bands of a picture mixed apart, Burt & Adelson 1983.
     """
+    FIRM, BAND = 4.0, 4
 
     def __init__(self, channels, refs):
         super().__init__()
@@ -893,12 +899,19 @@ class ReferenceMix(nn.Module):
         self.conv.bias.data.zero_()
 
     def forward(self, x, refs):
-        B = check(refs, "B R 3 H W", "decoder.mix_refs", R=self.conv.out_channels).shape[0]
+        B, R = check(refs, "B R 3 H W", "decoder.mix_refs", R=self.conv.out_channels).shape[:2]
         check(x, "B C h w", "decoder.mix_in", B=B, C=self.conv.in_channels)
-        lower = lower_rows(refs)                                     # [B, R, 3, 5/8 H, W]
-        weight = self.conv(x).float()                                # [B, R, h, w]
-        weight = fn.interpolate(weight, size=lower.shape[-2:], mode="bilinear").softmax(1)
-        return (lower * weight[:, :, None]).sum(1)                   # [B, 3, 5/8 H, W]
+        lower = lower_rows(refs).float()                             # [B, R, 3, 5/8 H, W]
+        logits = self.conv(x).float()                                # [B, R, h, w]
+        firm = fn.interpolate(logits.detach(), size=lower.shape[-2:], mode="bilinear")
+        firm = (self.FIRM * firm).softmax(1)                         # [B, R, 5/8 H, W]
+        detail = (lower * firm[:, :, None]).sum(1)                   # [B, 3, 5/8 H, W]
+        means = fn.avg_pool2d(lower.flatten(0, 1), self.BAND).unflatten(0, (B, R))
+        soft = fn.interpolate(logits, size=means.shape[-2:], mode="bilinear").softmax(1)
+        shade = (means * soft[:, :, None]).sum(1)                    # [B, 3, 5/32 H, W/4]
+        change = shade - fn.avg_pool2d(detail, self.BAND)            # [B, 3, 5/32 H, W/4]
+        change = fn.interpolate(change, size=detail.shape[-2:], mode="bilinear")
+        return (detail + change).clamp(0, 1)
 
 
 class ImageDecoder(nn.Module):
