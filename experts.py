@@ -3,7 +3,7 @@
     stage         | code                                         | patent
     mouth         | mouth_view                                   | -
     sync expert   | SyncXNet, sync_batch_loss                    | S3(1), Fig. 8
-    robustness    | jitter_pictures (sounds: data.corrupt_sound) | S3(1)
+    robustness    | jitter_pictures (sounds: sampling.corrupt_sound) | S3(1)
     offset        | embed_clip, sync_curve, read_curve           | -
     lip reader    | LipReader, lip_batch_loss                    | S3(2)
     checkpoint    | pack_expert, load_expert, load_networks      | -
@@ -28,9 +28,9 @@ import data
 import faces
 import lipsync
 import media
-from data import BOS, EOS, PAD, VOCABULARY, decode_tokens
 from lipsync import MEL_PER_FRAME, SAMPLES_PER_FRAME, BadInput, check, position_code
 from losses import cosine, lip_reading_loss, sync_loss
+from sampling import BOS, EOS, PAD, VOCABULARY, decode_tokens
 
 GROUP = 5  # S, frames that the sync expert sees at once: 200 ms
 MEL_PER_GROUP = GROUP * MEL_PER_FRAME  # 20

@@ -32,6 +32,7 @@ import infer
 import lipsync
 import losses
 import media
+import sampling
 import train
 from bench import drawn, evaluate, progress
 from lipsync import AudioSelector, Config, ImageEncoder, LipSync, ModalityFusion, SPADE, check
@@ -287,7 +288,7 @@ def test_decoder_upsamples_five_times_and_ends_in_a_sigmoid():
     assert len(net.decoder.blocks) == 5
     with torch.no_grad():
         net.decoder.out.bias.fill_(50)
-        assert (net(*inputs(SMALL))[:, :, 32:] == 1).all()
+        assert (net(*inputs(SMALL))[:, :, 48:] == 1).all()  # below where the halves join
 
 
 def test_a_silent_decoder_leaves_the_draft_which_is_made_of_reference_pixels():
@@ -296,7 +297,7 @@ def test_a_silent_decoder_leaves_the_draft_which_is_made_of_reference_pixels():
         torch.nn.init.zeros_(conv.weight), torch.nn.init.zeros_(conv.bias)
     with torch.no_grad():
         output = net(refs, masked, audio)
-    assert torch.allclose(output[:, :, 32:], refs.mean(1)[:, :, 32:].clamp(1 / 255, 254 / 255), atol=1e-4)
+    assert torch.allclose(output[:, :, 48:], refs.mean(1)[:, :, 48:].clamp(1 / 255, 254 / 255), atol=1e-4)
 
 
 def test_the_draft_is_at_each_place_a_mixture_of_the_references_there():
@@ -304,6 +305,19 @@ def test_the_draft_is_at_each_place_a_mixture_of_the_references_there():
     torch.nn.init.zeros_(mix.conv.weight)
     mix.conv.bias.data[:] = torch.tensor([0, 50.0, 0, 0])
     assert torch.allclose(mix(torch.randn(B, 5, 20, 32), refs), refs[:, 1, :, 24:], atol=1e-5)
+
+
+def test_the_draft_takes_shade_from_all_references_and_detail_from_one():
+    torch.manual_seed(0)
+    mix, flat = lipsync.ReferenceMix(5, 2), torch.tensor([0.3, 0.6])[None, :, None, None, None]
+    detail = 0.2 * (torch.rand(1, 2, 3, 64, 64) - 0.5)
+    detail = detail - fn.interpolate(fn.avg_pool2d(detail[0], 4), scale_factor=4)  # no shade
+    torch.nn.init.zeros_(mix.conv.weight)
+    mix.conv.bias.data[:] = torch.tensor([0.0, 1.0])                              # 0.27 and 0.73
+    draft = mix(torch.randn(1, 5, 10, 16), flat + detail)
+    assert (draft.mean() - (0.27 * 0.3 + 0.73 * 0.6)).abs() < 0.01
+    apart = [(draft - draft.mean() - one).std() for one in lipsync.lower_rows(detail)[0]]
+    assert apart[1] < 0.2 * apart[0]
 
 
 def test_lower_rows_are_the_lower_half_and_an_eighth_above():
@@ -871,7 +885,7 @@ def test_sync_accuracy_counts_true_pairs_and_sounds_without_a_common_frame_alike
 def test_added_noise_is_as_far_below_the_speech_as_it_says():
     wave = np.sin(np.arange(16000) / 9).astype(np.float32)
     for exponent in (0, 1):
-        noise = data.add_noise(wave, 10, np.random.default_rng(0), exponent) - wave
+        noise = sampling.add_noise(wave, 10, np.random.default_rng(0), exponent) - wave
         assert 10 * np.log10(np.mean(wave**2) / np.mean(noise**2)) == pytest.approx(10, abs=0.1)
 
 
@@ -893,8 +907,8 @@ def test_sync_expert_learns_which_feature_belongs_to_which_mouth():
 
 def test_text_survives_encoding_in_any_language():
     for text in ("", "set blue at f two now", "你好，世界 日本語 é"):
-        tokens = data.encode_text(text)
-        assert tokens[-1] == data.EOS and data.decode_tokens(tokens + [data.PAD] * 3) == text
+        tokens = sampling.encode_text(text)
+        assert tokens[-1] == sampling.EOS and sampling.decode_tokens(tokens + [sampling.PAD] * 3) == text
 
 
 @pytest.mark.parametrize("read, truth, rate", [("kitten", "sitting", 3 / 7), ("", "abc", 1), ("abc", "abc", 0), ("ab", "", 2)])
@@ -923,22 +937,22 @@ def test_lip_reader_ignores_the_padding_of_short_clips():
 
 def test_gradient_of_the_lip_loss_reaches_every_frame_of_a_frozen_reader():
     net, video = experts.LipReader("small").eval().requires_grad_(False), torch.rand(2, 8, 3, 128, 256, requires_grad=True)
-    losses.lip_reading_loss(net(video, torch.tensor([[65, 66, data.EOS], [67, data.EOS, data.PAD]])), torch.tensor(
-        [[65, 66, data.EOS], [67, data.EOS, data.PAD]]), data.PAD).backward()
+    losses.lip_reading_loss(net(video, torch.tensor([[65, 66, sampling.EOS], [67, sampling.EOS, sampling.PAD]])), torch.tensor(
+        [[65, 66, sampling.EOS], [67, sampling.EOS, sampling.PAD]]), sampling.PAD).backward()
     assert (video.grad.abs().sum((2, 3, 4)) > 0).all()
 
 
 def test_lip_reader_learns_two_clips_by_heart_and_reads_them():
     net = experts.LipReader("small").train()
     video, texts = torch.rand(2, 12, 3, 40, 80), ["ab", "né"]
-    tokens = torch.tensor([data.encode_text(texts[0]) + [data.PAD], data.encode_text(texts[1])])
+    tokens = torch.tensor([sampling.encode_text(texts[0]) + [sampling.PAD], sampling.encode_text(texts[1])])
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(40):
         loss = experts.lip_batch_loss(net, video, tokens)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     net.eval()
     assert net.read(video) == texts
-    own, foreign = (losses.lip_reading_loss(net(video, t), t, data.PAD) for t in (tokens, tokens.flip(0)))
+    own, foreign = (losses.lip_reading_loss(net(video, t), t, sampling.PAD) for t in (tokens, tokens.flip(0)))
     assert own < foreign
 
 
@@ -1016,11 +1030,11 @@ def test_corrupted_sound_keeps_its_length_range_and_timing():
     wave = np.zeros(16000, np.float32)
     wave[8000:8400] = np.sin(np.arange(400) / 5) * 0.3
     for _ in range(8):
-        noisy = data.corrupt_sound(wave, rng)
+        noisy = sampling.corrupt_sound(wave, rng)
         assert noisy.shape == wave.shape and noisy.dtype == np.float32 and np.abs(noisy).max() <= 1
         delays = [np.dot(noisy[8000 + d:8400 + d], wave[8000:8400]) for d in range(-300, 301)]
         assert abs(int(np.argmax(delays)) - 300) <= 2
-    assert np.isfinite(data.corrupt_sound(np.zeros(1000, np.float32), rng)).all()
+    assert np.isfinite(sampling.corrupt_sound(np.zeros(1000, np.float32), rng)).all()
 
 
 def test_jittered_pictures_stay_pictures_and_strength_zero_changes_nothing():
@@ -1271,9 +1285,9 @@ def test_points_are_where_each_reference_lies_and_where_the_frames_head_pose_put
 
 
 def test_mirrored_points_lie_on_the_mirrored_picture_and_keep_their_names():
-    points = data.mirror(face())
+    points = sampling.mirror(face())
     right, left = points[0, faces.MOUTH_CORNERS]
-    assert right[0] < left[0] and np.allclose(data.mirror(points), face(), atol=1e-4)
+    assert right[0] < left[0] and np.allclose(sampling.mirror(points), face(), atol=1e-4)
 
 
 def test_bent_pictures_carry_their_points_along():
@@ -1283,7 +1297,7 @@ def test_bent_pictures_carry_their_points_along():
     for x, y, _ in points[0].astype(int):
         cv2.circle(picture[0], (int(x), int(y)), 3, (255, 255, 255), -1)
     for seed in range(5):
-        bent, moved = data.bend(picture, points, np.random.default_rng(seed))
+        bent, moved = sampling.bend(picture, points, np.random.default_rng(seed))
         assert np.abs(moved - points).max() > 0.5
         for x, y, _ in moved[0]:
             window = bent[0, int(y) - 9:int(y) + 10, int(x) - 9:int(x) + 10, 1].astype(float)
@@ -1296,7 +1310,7 @@ TINY = lipsync.PRESETS["tiny"]
 
 
 def test_a_sample_depends_on_seed_and_number_only_and_has_the_documented_shapes(prepared):
-    make = lambda seed=0: data.ClipDataset(data.list_clips(prepared), TINY, group=S, seed=seed, sync_audio="mel")
+    make = lambda seed=0: sampling.ClipDataset(data.list_clips(prepared), TINY, group=S, seed=seed, sync_audio="mel")
     first, again, other = make()[7], make()[7], make(1)[7]
     assert all(torch.equal(first[k], again[k]) for k in first) and not torch.equal(first["target"], other["target"])
     assert first["refs"].shape == (3, 3, 128, 128) and first["target"].shape == (S, 3, 128, 128) and first["target"].dtype == torch.uint8
@@ -1306,18 +1320,18 @@ def test_a_sample_depends_on_seed_and_number_only_and_has_the_documented_shapes(
 
 
 def test_the_mouth_stages_target_is_the_true_mouth_scaled_about_the_closed_one(prepared):
-    samples = data.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=1.0)
+    samples = sampling.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=1.0)
     batch, again = samples.batch(3, clips=2, frames=4), samples.batch(3, clips=2, frames=4)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert batch["points"].shape == (8, 3, 2, faces.K, 2) and batch["mel"].shape == (2, 80, 500) and batch["window"].shape == (2, 4, 11)
-    plain = data.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=0.0).batch(3, clips=2, frames=4)
+    plain = sampling.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=0.0).batch(3, clips=2, frames=4)
     assert (plain["amplitude"] == 1).all()
-    shown = data.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=1.0, quiet_share=1.0)
+    shown = sampling.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=1.0, quiet_share=1.0)
     clip = data.load_clip(data.list_clips(prepared)[0].path)
-    row = shown.rows(clip.landmarks, clip.mel, None, data.loudness(clip), 6, np.random.default_rng(0))
+    row = shown.rows(clip.landmarks, clip.mel, None, sampling.loudness(clip), 6, np.random.default_rng(0))
     closed, a = row["points"][:, 0, 1, faces.MOUTH], row["amplitude"][:, None, None]
     true = closed + (row["lips"] - closed) / a
-    everything = np.concatenate([clip.landmarks, data.mirror(clip.landmarks)])[:, faces.MOUTH, :2] / 256
+    everything = np.concatenate([clip.landmarks, sampling.mirror(clip.landmarks)])[:, faces.MOUTH, :2] / 256
     nearest = np.abs(everything[None] - true[:, None]).max((2, 3)).min(1)
     assert nearest.max() < 1e-4 and not np.allclose(a, 1)
 
@@ -1325,16 +1339,16 @@ def test_the_mouth_stages_target_is_the_true_mouth_scaled_about_the_closed_one(p
 def test_folders_are_drawn_by_the_square_root_of_their_videos_and_people_alike():
     info = lambda source: data.ClipInfo(pathlib.Path("x"), source, "", 125)
     infos = [info(f"many/{i}.mp4") for i in range(16)] + [info("one/a.mp4")] * 3 + [info("one/b.mp4")] + [info("few/c.mp4")]
-    chances = data.draw_chances(infos)
+    chances = sampling.draw_chances(infos)
     assert chances[:16].sum() == pytest.approx(4 / (4 + 2 ** 0.5 + 1)) and chances.sum() == pytest.approx(1)
     assert chances[16:19].sum() == pytest.approx(chances[19])
 
 
 def test_references_of_a_training_sample_are_at_least_five_frames_from_its_targets(prepared, monkeypatch):
     seen = []
-    real = data.select_references
-    monkeypatch.setattr(data, "select_references", lambda *a, **k: seen.append((k["exclude"], real(*a, **k))) or seen[-1][1])
-    samples = data.ClipDataset(data.list_clips(prepared), TINY, group=S, amplitude_share=0)
+    real = faces.select_references
+    monkeypatch.setattr(faces, "select_references", lambda *a, **k: seen.append((k["exclude"], real(*a, **k))) or seen[-1][1])
+    samples = sampling.ClipDataset(data.list_clips(prepared), TINY, group=S, amplitude_share=0)
     for i in range(10):
         start = int(samples[i]["start"])
         targets, refs = seen[-1]
@@ -1342,7 +1356,7 @@ def test_references_of_a_training_sample_are_at_least_five_frames_from_its_targe
 
 
 def test_before_the_sync_loss_enters_the_frames_of_a_group_are_spread(prepared):
-    samples = data.ClipDataset(data.list_clips(prepared), TINY, group=S, amplitude_share=0, spread=20)
+    samples = sampling.ClipDataset(data.list_clips(prepared), TINY, group=S, amplitude_share=0, spread=20)
     assert not any(samples[i]["in_sync"] for i in range(20)) and all(samples[i]["in_sync"] for i in range(20, 26))
     gaps = [int(samples[i]["window"][1, 5] - samples[i]["window"][0, 5]) for i in (*range(20), *range(20, 26))]       # F = 11: 5 is the frame itself
     assert max(gaps[:20]) > 10 and gaps[20:] == [1] * 6
@@ -1354,13 +1368,13 @@ def test_the_amplitude_coefficient_of_a_sample_is_how_much_wider_the_shown_mouth
     wide = np.flatnonzero(gap > 5)
     for seed in range(10):
         heard = wide[seed:seed + 5]
-        shown, a = data.pair_amplitude(clip, heard, np.random.default_rng(seed))
+        shown, a = sampling.pair_amplitude(clip, heard, np.random.default_rng(seed))
         assert a == pytest.approx((gap[shown] / gap[heard]).clip(0.3, 2), rel=1e-4)
 
 
 def test_sync_negatives_never_share_a_frame_with_the_positive(prepared):
     clips = data.list_clips(prepared)
-    samples = data.SyncDataset(clips, TINY, group=5, sync_audio="mel")
+    samples = sampling.SyncDataset(clips, TINY, group=5, sync_audio="mel")
     clip_mels = {i: data.load_clip(info.path).mel.astype(np.float32) for i, info in enumerate(clips)}
     checked = 0
     for number in range(12):
@@ -1378,10 +1392,10 @@ def test_sync_negatives_never_share_a_frame_with_the_positive(prepared):
 
 def test_a_sound_that_is_late_is_moved_to_its_pictures(prepared):
     series = np.arange(6.0)[:, None]
-    assert data.at_time(series, 2)[:, 0].tolist() == [2, 3, 4, 5, 5, 5] and data.at_time(series, -1)[:, 0].tolist() == [0, 0, 1, 2, 3, 4]
+    assert sampling.at_time(series, 2)[:, 0].tolist() == [2, 3, 4, 5, 5, 5] and sampling.at_time(series, -1)[:, 0].tolist() == [0, 0, 1, 2, 3, 4]
     clips = data.list_clips(prepared)[:1]
-    source, plain = clips[0].source, data.ClipDataset(clips, TINY, group=S)
-    moved = data.ClipDataset(clips, TINY, group=S, offsets={source: 2})
+    source, plain = clips[0].source, sampling.ClipDataset(clips, TINY, group=S)
+    moved = sampling.ClipDataset(clips, TINY, group=S, offsets={source: 2})
     for i in range(4):
         start = int(plain[i]["start"])
         mel = data.load_clip(clips[0].path).mel.astype(np.float32)
@@ -1391,15 +1405,15 @@ def test_a_sound_that_is_late_is_moved_to_its_pictures(prepared):
 
 def test_a_broken_clip_file_is_named_once_and_skipped(prepared, tmp_path, capsys):
     infos = [dataclasses.replace(info, path=pathlib.Path(shutil.copy(info.path, tmp_path))) for info in data.list_clips(prepared)[:2]]
-    samples = data.ClipDataset(infos, TINY, group=S)
+    samples = sampling.ClipDataset(infos, TINY, group=S)
     infos[0].path.write_bytes(infos[0].path.read_bytes()[:1000])
     for i in range(8):
         assert samples[i]["clip"] == 1
     printed = capsys.readouterr().out
     assert printed.count("skipped from now on") == 1 and infos[0].path.name in printed
-    sentences = data.SentenceDataset(infos)
+    sentences = sampling.SentenceDataset(infos)
     assert all(sentences[i][2] == 1 for i in range(8)) and data.load_or_skip(infos[0].path) is None
-    assert len(data.MouthSamples(infos, TINY, None).clips) == 1
+    assert len(sampling.MouthSamples(infos, TINY, None).clips) == 1
 
 
 def damaged(info, folder, **arrays):
@@ -1413,18 +1427,18 @@ def damaged(info, folder, **arrays):
 def test_whatever_goes_wrong_while_a_sample_is_made_names_the_clip_in_one_line(prepared, tmp_path):
     info = data.list_clips(prepared)[0]
     clip = damaged(info, tmp_path, jpegs=np.zeros(10**7, np.uint8))
-    for samples in (data.ClipDataset([clip], TINY), data.SyncDataset([clip], TINY),
-                    data.SentenceDataset([clip])):
+    for samples in (sampling.ClipDataset([clip], TINY), sampling.SyncDataset([clip], TINY),
+                    sampling.SentenceDataset([clip])):
         with pytest.raises(lipsync.BadInput, match=rf"^{clip.path}: frame \d+ is no picture$"):
             samples[0]
     unnamed = rf"^{clip.path}: cannot be used \(\w+: .+\)$"  # an error that knows nothing of files
     damaged(info, tmp_path, jpegs=np.zeros(0, np.uint8))
     keeper = train.Keeper(bare_run(tmp_path), "sync", {}, 5, 1, {"kind": "sync"})
-    loader = torch.utils.data.DataLoader(data.SyncDataset([clip], TINY), num_workers=1)
+    loader = torch.utils.data.DataLoader(sampling.SyncDataset([clip], TINY), num_workers=1)
     with pytest.raises(lipsync.BadInput, match=unnamed):
         next(keeper.steps(loader))
     damaged(info, tmp_path, landmarks=np.zeros((125, 3, 3), np.float32))
-    for sample in (data.ClipDataset([clip], TINY).__getitem__, data.MouthSamples([clip], TINY, None).batch):
+    for sample in (sampling.ClipDataset([clip], TINY).__getitem__, sampling.MouthSamples([clip], TINY, None).batch):
         with pytest.raises(lipsync.BadInput, match=unnamed):
             sample(0)
 
@@ -1784,7 +1798,7 @@ def test_every_clip_gets_its_features_however_far_one_process_is_ahead_of_anothe
     run = dataclasses.replace(bare_run(tmp_path), clips=infos, features="toy", audio_encoder=ToyEncoder(), world=2)
     for rank in (0, 1):
         train.prepare_features(dataclasses.replace(run, rank=rank))
-    assert [info.path.name for info in infos if not data.feature_path(info.path, "toy").is_file()] == []
+    assert [info.path.name for info in infos if not sampling.feature_path(info.path, "toy").is_file()] == []
 
 
 def test_offsets_that_were_found_are_not_used_where_the_sound_shall_stay(tmp_path):
@@ -1930,7 +1944,7 @@ def test_find_offsets_finds_a_late_sound_and_leaves_what_fits_nowhere(prepared, 
 
     def predicted(run, net, encoder, clip, info):
         shift = late[info.source]
-        points = data.at_time(clip.landmarks.reshape(len(clip), -1), -(shift or 0)).reshape(clip.landmarks.shape).copy()
+        points = sampling.at_time(clip.landmarks.reshape(len(clip), -1), -(shift or 0)).reshape(clip.landmarks.shape).copy()
         if shift is None:
             points[:, faces.INNER_LIPS[1], 1] = rng.normal(150, 9, len(clip))
         return points

@@ -36,6 +36,7 @@ import faces
 import lipsync
 import losses
 import media
+import sampling
 from lipsync import BadInput
 from loop import Keeper, make_adam, make_loader, update, wait_for_all, warm_cosine
 
@@ -265,7 +266,7 @@ def prepare_features(run, noisy=False):
         return
     jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in {False, noisy}]
     jobs = jobs[run.rank::run.world]  # shared out before anyone writes: no clip falls between two
-    jobs = [job for job in jobs if not data.feature_path(job[0], run.features, job[1]).is_file()]
+    jobs = [job for job in jobs if not sampling.feature_path(job[0], run.features, job[1]).is_file()]
     for path, noise in tqdm(jobs, desc="audio features", unit="clip", disable=not jobs):
         clip = data.load_or_skip(path)
         if clip is None:
@@ -273,10 +274,10 @@ def prepare_features(run, noisy=False):
         wave = clip.sound()
         if noise:
             rng = np.random.default_rng([run.config.seed, media.hash_of(path.name)])
-            wave = data.corrupt_sound(wave, rng)
+            wave = sampling.corrupt_sound(wave, rng)
         features = run.audio_encoder(torch.from_numpy(wave)[None].to(run.device))[0]  # [L, D]
         features = features[torch.arange(len(clip)).clamp(max=len(features) - 1)]  # [T, D]
-        target = data.feature_path(path, run.features, noise)
+        target = sampling.feature_path(path, run.features, noise)
         part = target.with_name(f".{os.getpid()}.{target.name}")
         np.save(part, features.half().cpu().numpy())
         os.replace(part, target)
@@ -350,7 +351,7 @@ def train_sync(run):
     batch_size = 4 * config.batch
     keeper = Keeper(run, "sync", parts, config.sync_steps, batch_size * experts.GROUP,
                     {"kind": "sync", "config": net.config}, run.clips)
-    dataset = data.SyncDataset(run.clips, run.net_config, experts.GROUP, config.seed,
+    dataset = sampling.SyncDataset(run.clips, run.net_config, experts.GROUP, config.seed,
                                features=run.features, sync_audio=run.sync_audio)
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, batch_size)):
         with lipsync.autocast(run.device):
@@ -391,7 +392,7 @@ def train_lip(run):
     parts = dict(net=net, optimizer=optimizer, scheduler=scheduler)
     keeper = Keeper(run, "lip", parts, config.lip_steps, config.batch * data.CLIP_FRAMES,
                     {"kind": "lip", "config": net.config}, infos)
-    dataset, view = data.SentenceDataset(infos, config.seed), experts.VIEW_PX[config.expert_size]
+    dataset, view = sampling.SentenceDataset(infos, config.seed), experts.VIEW_PX[config.expert_size]
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):
         with lipsync.autocast(run.device):
             video = experts.mouth_view(batch["video"].float() / 255, view)  # [B, T, 3, h, w]
@@ -414,7 +415,7 @@ def train_mouth(run):
         return True
     prepare_features(run)
     if not config.keep_offsets and not (config.resume and path.is_file()):
-        samples = data.MouthSamples(run.clips, run.net_config, run.features, config.seed)
+        samples = sampling.MouthSamples(run.clips, run.net_config, run.features, config.seed)
         net, encoder, parts = build_mouth(run, config.mouth_steps // 3)
         for step in tqdm(range(config.mouth_steps // 3), desc="mouth, first try", unit="step",
                          disable=run.rank > 0):
@@ -425,7 +426,7 @@ def train_mouth(run):
             counts = dict(Counter(offsets.values()))
             print(f"videos whose sound is moved to the lips, by frames: {counts}")
         wait_for_all(run.world)
-    samples = data.MouthSamples(run.clips, run.net_config, run.features, config.seed,
+    samples = sampling.MouthSamples(run.clips, run.net_config, run.features, config.seed,
                                 read_offsets(run))
     net, encoder, parts = build_mouth(run, config.mouth_steps)
     keeper = Keeper(run, "mouth", parts, config.mouth_steps, 10 * config.mouth_batch,
@@ -511,7 +512,7 @@ def predict_clip(run, net, encoder, clip, info):
     points = faces.place_points(clip.landmarks[refs], clip.landmarks)
     points = torch.from_numpy(points).to(run.device)  # [T, R, 2, K, 2]
     if run.features:
-        sound = np.load(data.feature_path(info.path, run.features))
+        sound = np.load(sampling.feature_path(info.path, run.features))
         features = torch.from_numpy(sound).float().to(run.device)
     else:
         features = encoder.encode_mel(torch.from_numpy(clip.mel[None]).float().to(run.device))[0]
@@ -549,7 +550,7 @@ def train_generator(run):
                     run.clips)
     sync_audio = judges.sync.config["audio"] if judges.sync else run.sync_audio
     spread = round(config.sync_start * config.steps) * config.batch * run.world
-    dataset = data.ClipDataset(run.clips, run.net_config, config.group, config.seed,
+    dataset = sampling.ClipDataset(run.clips, run.net_config, config.group, config.seed,
                                config.amplitude_share, config.random_refs, features=run.features,
                                sync_audio=sync_audio, spread=spread, offsets=read_offsets(run))
     forward = torch.compile(net) if config.compile else net
@@ -624,9 +625,9 @@ def grade_sync(run, sync):
         clip = data.load_or_skip(info.path)
         if clip is None or len(clip) <= 2 * experts.GROUP:
             continue
-        features = run.features and np.load(data.feature_path(info.path, run.features))
+        features = run.features and np.load(sampling.feature_path(info.path, run.features))
         sound = experts.sync_sound(sync, clip.mel, features)
-        pictures = data.lower_halves(clip, range(len(clip)))
+        pictures = sampling.lower_halves(clip, range(len(clip)))
         grades.append(experts.sync_accuracy(*experts.embed_clip(sync, pictures, sound)))
     return float(np.mean(grades)) if grades else math.nan
 
@@ -751,13 +752,13 @@ def lip_term(run, reader, groups, batch):
         return None
     b = usable[0]
     clip, start = data.load_clip(infos[b].path), int(batch["start"][b])
-    video = torch.from_numpy(data.lower_halves(clip, range(len(clip)))).to(groups) / 255
+    video = torch.from_numpy(sampling.lower_halves(clip, range(len(clip)))).to(groups) / 255
     video = (video ** batch["gamma"][b] * batch["brightness"][b]).clamp(0, 1)  # [T, 3, h', w']
     made = fn.interpolate(groups[b], size=video.shape[-2:], mode="area")
     made = made.flip(-1) if batch["flip"][b] else made
     video = torch.cat([video[:start], made, video[start + len(made):]])[None]
-    tokens = torch.tensor([data.encode_text(clip.text)], device=groups.device)  # [1, U]
-    return losses.lip_reading_loss(reader(video, tokens), tokens, data.PAD)
+    tokens = torch.tensor([sampling.encode_text(clip.text)], device=groups.device)  # [1, U]
+    return losses.lip_reading_loss(reader(video, tokens), tokens, sampling.PAD)
 
 
 def weights_content(run, net, encoder, judges):

@@ -25,6 +25,7 @@ import experts
 import faces
 import lipsync
 import losses
+import sampling
 
 BATCH = 8  # frames that are redrawn together
 HALF = faces.CROP_PX // 2  # the first row that is drawn anew
@@ -312,10 +313,10 @@ def measure_experts(networks, clip, text_of_another, rng):
     """One row: how well the experts judge a real clip; _10db: with white noise 10 dB below the
     speech."""
     row, sync = {}, networks.sync
-    pictures = torch.from_numpy(data.lower_halves(clip, range(len(clip))))  # [T, 3, 64, 128]
+    pictures = torch.from_numpy(sampling.lower_halves(clip, range(len(clip))))  # [T, 3, 64, 128]
     if sync is not None and len(clip) > 2 * experts.GROUP + 7:
         wave = clip.sound()
-        noisy = data.add_noise(wave, 10, rng).clip(-1, 1)
+        noisy = sampling.add_noise(wave, 10, rng).clip(-1, 1)
         for name, heard in (("_10db", noisy), ("", wave)):
             features = networks.audio_encoder(torch.from_numpy(heard)[None])[0]
             sound = experts.sync_sound(sync, lipsync.log_mel(heard), features)
@@ -343,8 +344,8 @@ def measure_reader(reader, video, text, text_of_another):
     """cer: character error rate; reads: whether the true text costs less than another's"""
     costs = []
     for some in (text, text_of_another):
-        tokens = torch.tensor([data.encode_text(some)])
-        cost = losses.lip_reading_loss(reader(video, tokens), tokens, data.PAD)
+        tokens = torch.tensor([sampling.encode_text(some)])
+        cost = losses.lip_reading_loss(reader(video, tokens), tokens, sampling.PAD)
         costs.append(float(cost))
     read = reader.read(video)[0]
     return dict(cer=experts.character_error_rate(read, text), reads=costs[0] < costs[1])
