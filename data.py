@@ -251,11 +251,12 @@ def clip_text(words, start, end, seconds):
 
 
 def segments(frames, tracker):
-    """Frames of one video -> yields lists of (found, piece), at most 125 frames, none across a cut.
+    """Frames of one video -> yields lists of (found, lying, piece), at most 125 frames, none across
+    a cut.
 
-    found: the frame's faces; piece: see cut_out, so that no whole pictures are held."""
+    found, lying: see track_shots; piece: see cut_out, so that no whole pictures are held."""
     held, box = [], None
-    for frame, found, cut in faces.track_shots(frames, [tracker]):
+    for frame, found, lying, cut in faces.track_shots(frames, [tracker]):
         if cut:
             first = scene_start(held)
             if first:
@@ -265,7 +266,7 @@ def segments(frames, tracker):
             yield held
             held = []
         piece, box = cut_out(frame, found, box)
-        held.append((found, piece))
+        held.append((found, lying, piece))
     if held:
         yield held
 
@@ -311,14 +312,16 @@ def rms(wave, axis=None):
     return np.sqrt(np.mean(wave ** 2, axis))
 
 
-def refusal(landmarks, wave):
-    """landmarks [T, K, 3] frame px, NaN where absent; wave float32 [640 T] -> why not to keep the
-    clip, or None."""
+def refusal(landmarks, lying, wave):
+    """landmarks [T, K, 3] frame px, NaN where absent; lying bool [T]; wave float32 [640 T] -> why
+    not to keep the clip, or None."""
     found = np.isfinite(landmarks[:, 0, 0])
     if len(found) < FPS:
         return "shorter than 1 s"
     if rms(wave) < SILENCE:
         return "silent sound"
+    if found.mean() < 0.9 and np.sum(lying) > len(found) / 2:
+        return faces.LYING
     if found.mean() < 0.9:
         return "face missing in > 10 % of frames"
     sizes = [faces.face_size(points) for points in landmarks[found]]
@@ -385,8 +388,8 @@ def prepare_video(video, data_dir, face_detector=None, transcribe=None):
             old.unlink(missing_ok=True)
     try:
         detector = faces.YoloFace(face_detector) if face_detector else None
-        for landmarks, pieces, wave, text in cut_video(video):
-            if reason := refusal(landmarks, wave):
+        for landmarks, lying, pieces, wave, text in cut_video(video):
+            if reason := refusal(landmarks, lying, wave):
                 refused[reason] += 1
                 continue
             if transcribe and not text:
@@ -406,17 +409,17 @@ def prepare_video(video, data_dir, face_detector=None, transcribe=None):
 
 
 def cut_video(video):
-    """Yields of each segment: landmarks [T, K, 3] frame px, pieces [T] of cut_out, wave float32
-    [640 T], its text. Raises BadInput: unreadable, "no sound track"."""
+    """Yields of each segment: landmarks [T, K, 3] frame px, lying bool [T], pieces [T] of cut_out,
+    wave float32 [640 T], its text. Raises BadInput: unreadable, "no sound track"."""
     sound, words, start = level_sound(media.read_audio(video)).numpy(), read_text(video), 0
     with faces.FaceTracker() as tracker, contextlib.closing(media.read_frames(video)) as frames:
         for held in segments(frames, tracker):
-            tracks, pieces = zip(*held)
+            tracks, lying, pieces = zip(*held)
             end = start + len(held)
             wave = sound[start * SAMPLES_PER_FRAME:end * SAMPLES_PER_FRAME]
             wave = np.pad(wave, (0, len(held) * SAMPLES_PER_FRAME - len(wave)))
             text = clip_text(words, start / FPS, end / FPS, len(sound) / SAMPLE_RATE)
-            yield faces.follow_face(tracks), pieces, wave, text
+            yield faces.follow_face(tracks), lying, pieces, wave, text
             start = end
 
 

@@ -542,7 +542,7 @@ def track_face(path):
     there is none. BadInput if unreadable or without a face."""
     shots = [[]]
     with faces.FaceTracker() as tracker:
-        for _, found, cut in faces.track_shots(media.read_frames(path), [tracker]):
+        for _, found, _, cut in faces.track_shots(media.read_frames(path), [tracker]):
             if cut:
                 shots.append([])
             shots[-1].append(found)

@@ -32,6 +32,7 @@ LANDMARKER = Path(__file__).parent / "weights" / "face_landmarker.task"  # Media
 CROP_PX = 256
 MOST_FACES = 4
 TRACK_PIXELS = 1280 * 720  # MediaPipe finds no more in larger pictures, it only takes longer
+LYING = "the face lies on its side or is upside down: turn the video upright"
 
 # Numbers of MediaPipe's mesh. Above row 122 of the crop, in the half that the network may see; no
 # eyelids, which blink. A point of ..._RIGHT mirrors the one at the same place of ..._LEFT.
@@ -98,10 +99,12 @@ class FaceTracker:
     and in a new shot which way is up: a lying face is turned by 90, 180 or 270 degrees for
     tracking. A mesh that disagrees with the detector's eyes and mouth is no face. The mesh always
     looks for several faces: set to one, MediaPipe smooths over time, and lips lag by half a frame.
+    `lying`: the last frame shows a face that the mesh cannot follow, and none that is upright.
     """
     WINDOW = 2.5  # face heights from the face's centre to the window's sides
     SMALL = 0.2  # of the picture's height: a smaller face is looked for in a window
     UPRIGHT_BONUS = 0.05  # of score: nearly as sure as another turn is still upright
+    SURELY_LYING = 0.6  # score: less sure is often half a face, or none
     PATIENCE = 4  # frames between two surveys while no face is found
 
     def __enter__(self):
@@ -129,7 +132,8 @@ class FaceTracker:
 
     def forget(self):
         """Call between videos and shots: a black picture makes the mesh let go of its faces."""
-        self.turns, self.window, self.until_survey, self.lost = 0, None, 0, True
+        self.turns, self.window, self.until_survey = 0, None, 0
+        self.lost, self.lying = True, False
         self.run(np.zeros((128, 128, 3), np.uint8))
 
     def run(self, rgb):
@@ -151,6 +155,7 @@ class FaceTracker:
         if detections is not None:
             faces = [points for points in faces if agrees(points, detections)]
         self.lost = not faces
+        self.lying = self.lying and self.lost
         self.until_survey = min(self.until_survey - 1, self.PATIENCE if self.lost else FPS)
         return [turn_back(points, self.turns, rgb.shape) for points in faces]
 
@@ -166,13 +171,19 @@ class FaceTracker:
     def survey(self, rgb):
         """Sets turns and window for the next second. -> list of Detection, turned px"""
         self.until_survey = FPS
-        detections = self.detect_part(turned(rgb, self.turns))
+        picture = shrink(rgb)
         if self.lost:
-            ways = [self.detect_part(turned(rgb, turns)) for turns in range(4)]
+            ways = [self.detect_part(turned(picture, turns)) for turns in range(4)]
             scores = [max((face.score for face in way), default=0) for way in ways]
             scores[0] += self.UPRIGHT_BONUS
             self.turns = int(np.argmax(scores))
-            detections = ways[self.turns] or self.detect_small(rgb)
+            self.lying = not ways[0] and scores[self.turns] > self.SURELY_LYING
+            detections = ways[self.turns] or self.detect_small(picture)
+        else:
+            detections = self.detect_part(turned(picture, self.turns))
+        unit = rgb.shape[0] / picture.shape[0]  # px of the frame per px of the small picture
+        detections = [Detection(face.score, face.box * unit, face.eyes * unit, face.mouth * unit)
+                      for face in detections]
         self.window = None
         if detections:
             H, W = turned(rgb, self.turns).shape[:2]
@@ -197,15 +208,14 @@ class FaceTracker:
         return []
 
     def detect_part(self, part, left=0, top=0):
-        small = shrink(part)
-        scale = part.shape[1] / small.shape[1]
         size = np.float32([part.shape[1], part.shape[0]])
         corner = np.float32([left, top])
         detections = []
-        for found in self.detector.detect(self.image(data=small)).detections:
+        image = self.image(data=np.ascontiguousarray(part))
+        for found in self.detector.detect(image).detections:
             box = found.bounding_box
-            low = np.float32([box.origin_x, box.origin_y]) * scale + corner
-            high = low + np.float32([box.width, box.height]) * scale
+            low = np.float32([box.origin_x, box.origin_y]) + corner
+            high = low + np.float32([box.width, box.height])
             points = np.float32([(point.x, point.y) for point in found.keypoints]) * size + corner
             detections.append(Detection(found.categories[0].score, np.r_[low, high],
                                         points[:2], points[3]))
@@ -535,10 +545,11 @@ GAP_FRAMES = 5  # so many frames without a face are bridged, whatever they show
 
 
 def track_shots(frames, trackers):
-    """Yields (frame, faces, whether a new shot begins) for the frames of one video, in order.
+    """Yields (frame, faces, lying, whether a new shot begins) for a video's frames, in order.
 
-    faces: list of float32 [K, 3]. Frames go through the trackers in turn, at the same time. A cut
-    ends tracking. A few frames without a face (a hand, a flash) are no cut."""
+    faces: list of float32 [K, 3]; lying: as of FaceTracker. Frames go through the trackers in turn,
+    at the same time. A cut ends tracking. A few frames without a face (a hand, a flash) are no cut.
+    """
     with ThreadPoolExecutor(len(trackers)) as pool:
         for tracker in trackers:
             tracker.forget()
@@ -556,7 +567,7 @@ def track_shots(frames, trackers):
                         tracker.forget()
                     found[i:] = pool.map(FaceTracker.find, trackers, group[i:])
                     now = now[0], found[i]
-                yield frame, found[i], cut
+                yield frame, found[i], trackers[i].lying, cut
                 if found[i] or before is None or cut:
                     before = now
 

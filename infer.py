@@ -100,20 +100,23 @@ def watch(video, limit, face, count, progress):
 
     Shots of the same person share references: a shot belongs to the person whose look (a small
     picture of the aligned upper face) it resembles most, if nearly enough; else to somebody new."""
-    finished, tracks, looks = [], [], []
+    finished, tracks, looks, lying = [], [], [], []
     with (faces.FaceTracker() as even, faces.FaceTracker() as odd,
           contextlib.closing(ahead(media.read_frames(video))) as source):
         frames = tqdm(itertools.islice(source, limit), "watch", unit=" frames",
                       disable=None if progress else True)
-        for frame, found, cut in faces.track_shots(frames, [even, odd]):  # a tracker for each core
+        for frame, found, lies, cut in faces.track_shots(frames, [even, odd]):  # a tracker for each core
             if cut:
                 finished.append(finish_shot(tracks, looks, face, frame.shape))
                 tracks, looks = [], []
             if len(tracks) % FPS == 0 or not looks:
                 looks += [(len(tracks), points, small_face(frame, points)) for points in found]
             tracks.append(found)
+            lying.append(lies)
         finished.append(finish_shot(tracks, looks, face, frame.shape))
-    track = join_shots(finished, face)
+    track = join_shots(finished, face, lying)
+    if not track.whole.any() and sum(lying) > len(lying) / 2:
+        raise BadInput(f"{video}: {faces.LYING}")
     if not track.whole.any():
         raise BadInput(f"{video}: no face in any of its {len(track.whole)} frames, or never the "
                        "whole of its lower half")
@@ -163,8 +166,9 @@ def inside(person, shape):
     return ((place > -room) & (place < 1 + room)).all((1, 2))
 
 
-def join_shots(finished, face):
-    """The shots of finish_shot, one after the other, and who is in them. -> Track"""
+def join_shots(finished, face, lying):
+    """The shots of finish_shot, one after the other, and who is in them; lying [T] of the tracker.
+    -> Track"""
     people, persons, start = [], [], 0
     if face is not None and not any(count > face for *_, count in finished):
         most = max(count for *_, count in finished)
@@ -190,8 +194,9 @@ def join_shots(finished, face):
             points.append(np.full_like(landmarks, np.nan))
         stranger = person is None and inner.any()
         missing = "another person" if count and face is not None else "no face"
-        reasons += ["another person" if stranger else "" if ok else
-                    "partly outside" if there else missing for ok, there in zip(inner, found)]
+        for ok, there, lies in zip(inner, found, lying[start:]):
+            reasons.append("another person" if stranger else "" if ok else
+                           "partly outside" if there else faces.LYING if lies else missing)
         whole.append(inner & (person is not None))
         shots.append(np.full(T, number))
         people.append(person)

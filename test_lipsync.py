@@ -2218,10 +2218,14 @@ def film(people, name, graph, *inputs):
 ZOOM = "scale=800:450,crop=640:360:80:20"
 PUNCH_IN = f"[0:v]trim=0:1.4,setpts=PTS-STARTPTS[x];[0:v]trim=1.4:2.8,setpts=PTS-STARTPTS,{ZOOM}[y];[x][y]concat"
 MIRRORED = f"[0:v]trim=0:1,setpts=PTS-STARTPTS[x];[0:v]trim=1:2,setpts=PTS-STARTPTS,hflip,{ZOOM}[y];[0:v]trim=2:3,setpts=PTS-STARTPTS[z];[x][y][z]concat=n=3"
+ELSEWHERE = ("[0:v]trim=0:1.4,setpts=PTS-STARTPTS,scale=960:540,crop=640:360:20:60[x];"
+             "[0:v]trim=1.4:2.8,setpts=PTS-STARTPTS,scale=960:540,crop=640:360:300:60[y];[x][y]concat")
+COVERED = "trim=end_frame=1,loop=29:1,setpts=N/25/TB,drawbox=0:200:640:60:0x28283c:fill"  # the mouth: no mesh fits
+LYING = COVERED + ",transpose=1"
 IN_TURN = "[0:v]trim=0:1.2,setpts=PTS-STARTPTS[x];[1:v]trim=1.2:2,setpts=PTS-STARTPTS[y];[0:v]trim=2:3,setpts=PTS-STARTPTS[z];[x][y][z]concat=n=3"
 
 
-@pytest.mark.parametrize("name, graph, inputs, cuts", (("punchin.mp4", PUNCH_IN, "a", [35]), ("vlog_cuts.mp4", MIRRORED, "a", [25, 50]),
+@pytest.mark.parametrize("name, graph, inputs, cuts", (("punchin.mp4", PUNCH_IN, "a", [35]), ("elsewhere.mp4", ELSEWHERE, "a", [35]), ("vlog_cuts.mp4", MIRRORED, "a", [25, 50]),
                                                        ("in_turn.mp4", IN_TURN, "ab", [30, 50])))
 def test_every_shot_is_tracked_and_cropped_for_itself_and_no_frame_is_kept_back(name, graph, inputs, cuts, people):
     video = film(people, name, graph, *inputs)
@@ -2277,6 +2281,27 @@ def test_lying_and_upside_down_faces_are_tracked_where_they_are(people):
         frame, plain = next(media.read_frames(video)), next(media.read_frames(people / "a.mp4"))
         crops = faces.crop(frame, track.affines[0]), faces.crop(plain, upright.affines[0])
         assert np.abs(crops[0].astype(float) - crops[1])[60:200, 60:196].mean() < 12, name
+
+
+def test_a_lying_face_that_cannot_be_followed_is_refused_as_such(people, tmp_path):
+    video, sound = film(people, "lying.mp4", f"[0:v]{LYING},setsar=1", "a"), people / "a.wav"
+    with pytest.raises(lipsync.BadInput, match=rf"^{re.escape(str(video))}: {faces.LYING}$"):
+        infer.watch(video, 1000, None, 3, False)
+    ffmpeg("-i", video, "-i", sound, "-c:v", "copy", "-shortest", tmp_path / "lying.mp4")
+    assert data.prepare(tmp_path, workers=1)["refused"] == {faces.LYING: 1}
+    with pytest.raises(lipsync.BadInput, match="no face in any of its 30 frames"):
+        infer.watch(film(people, "covered.mp4", f"[0:v]{COVERED}", "a"), 1000, None, 3, False)
+    then = film(people, "then_lying.mp4", f"[0:v]trim=0:1,crop=360:360:140:0,pad=360:640:0:140,setsar=1[x];[0:v]{LYING},setsar=1[y];[x][y]concat", "a")
+    reasons = infer.watch(then, 1000, None, 3, False).reasons
+    assert not any(reasons[:25]) and set(reasons[35:]) == {faces.LYING}
+
+
+def test_a_face_at_the_edge_is_counted_as_partly_outside_and_a_whole_one_is_dubbed(people):
+    edge = ("[0:v]trim=0:1,setpts=PTS-STARTPTS,crop=345:360:150:0,setsar=1[x];"
+            "[1:v]trim=1:2,setpts=PTS-STARTPTS,crop=345:360:295:0,setsar=1[y];[x][y]concat")
+    track = infer.watch(film(people, "edgeface.mp4", edge, "a", "b"), 1000, None, 3, False)
+    assert track.whole.tolist() == 25 * [True] + 25 * [False]
+    assert track.reasons == 25 * [""] + 25 * ["partly outside"]
 
 
 def test_a_picture_that_changes_its_size_is_fitted_not_stretched():
