@@ -1,16 +1,18 @@
-"""S12: from frames to faces: points with depth, one person, a steady upright crop; and Fig. 7, the references.
+"""S12: from frames to faces: points with depth, one person, a steady upright crop; and Fig. 7, the
+references.
 
     stage        | code                                              | patent
     points       | KEPT_POINTS, FaceTracker                          | S12: landmarks
     one person   | follow_face, group_people                         | -
-    crop         | smooth_affines, to_crop, crop                     | S12: upright affine, 256 x 256 crop
+    crop         | smooth_affines, to_crop, crop                     | S12: upright 256 x 256 crop
     head pose    | head_motion, place_points                         | -
     mouth        | mouth_shape, head_pose                            | -
     references   | select_references                                 | Fig. 7
-    face box     | YoloFace, decode_yolo                             | S12: yolov8-face (with --face-detector)
+    face box     | YoloFace, decode_yolo                             | S12: --face-detector
     shots        | track_shots, is_cut                               | -
 
-Letters as in lipsync.py. Pictures are uint8 RGB, points float32 (x, y) pixels, mostly with a depth z.
+Letters as in lipsync.py. Pictures are uint8 RGB, points float32 (x, y) pixels, mostly with a depth
+z.
 """
 
 import contextlib
@@ -92,7 +94,8 @@ class Detection:
 
 
 class FaceTracker:
-    """MediaPipe's FaceLandmarker and detector, for many videos. `with FaceTracker() as tracker: ...`
+    """MediaPipe's FaceLandmarker and detector, for many videos. `with FaceTracker() as tracker:
+    ...`
 
     Once a second, and where no face is followed, the detector surveys the picture. It says
     where to look closer (the mesh's own detector misses faces below an eighth of the picture),
@@ -241,7 +244,8 @@ def agrees(points, detections):
     centre = points[:, :2].mean(0)
     nearest = min(detections, default=None,
                   key=lambda found: np.linalg.norm(found.box.reshape(2, 2).mean(0) - centre))
-    if nearest is None or not (nearest.box[:2] < centre).all() or not (centre < nearest.box[2:]).all():
+    if nearest is None or not (nearest.box[:2] < centre).all() or not (centre
+                                                                       < nearest.box[2:]).all():
         return True  # the mesh follows a face that the detector misses
     eyes = points[kept(RIGID_MESH[:4]), :2].reshape(2, 2, 2).mean(1)
     mouth = points[MOUTH_CORNERS, :2].mean(0)
@@ -425,7 +429,8 @@ def head_motion(reference, frame):
     centre, goal = ours.mean(-2, keepdims=True), theirs.mean(-2, keepdims=True)
     ours, theirs = ours - centre, theirs - goal
     left, stretch, right = np.linalg.svd(np.swapaxes(theirs, -1, -2) @ ours)  # [..., 3, 3]
-    stretch[..., 2] *= (sign := np.sign(np.linalg.det(left @ right)))  # a rotation, not a reflection
+    # a rotation, not a reflection
+    stretch[..., 2] *= (sign := np.sign(np.linalg.det(left @ right)))
     left[..., 2] *= sign[..., None]
     scale = stretch.sum(-1) / np.maximum((ours ** 2).sum((-1, -2)), 1e-9)
     moved = (reference - centre) @ np.swapaxes(left @ right, -1, -2) * scale[..., None, None] + goal
@@ -460,7 +465,7 @@ def head_pose(landmarks):
     return np.stack([place.real, place.imag], -1).astype(np.float32)
 
 
-# ---- references (Fig. 7): one rule for training and dubbing ----------------------------------------
+# ---- references (Fig. 7): one rule for training and dubbing --------------------------------------
 
 def select_references(landmarks, count, exclude=None, rng=None):
     """Which frames serve as references: the most closed mouth, then those most unlike the chosen.
@@ -497,19 +502,23 @@ def select_references(landmarks, count, exclude=None, rng=None):
     return allowed[chosen].astype(np.int64)
 
 
-# ---- face box (S12): yolov8-face through cv2.dnn, only with --face-detector -----------------------------------------------------
+# ---- face box (S12): yolov8-face through cv2.dnn, only with --face-detector ----------------------
 
 
 def decode_yolo(output, scale=1.0, pad=(0.0, 0.0), conf=0.5, iou=0.45):
-    """yolov8-face output float32 [1, 20, anchors]: per anchor centre x, y, width, height, score, 5 x (x, y, visibility).
+    """yolov8-face output float32 [1, 20, anchors]: per anchor centre x, y, width, height, score, 5
+    x (x, y, visibility).
 
-    -> boxes [boxes, 4] (x0, y0, x1, y1), scores [boxes], keypoints [boxes, 5, 3], best first, in pixels of the picture before the letterbox
-    (which multiplied it by scale and then added pad = (left, top)). Overlaps above iou are suppressed."""
+    -> boxes [boxes, 4] (x0, y0, x1, y1), scores [boxes], keypoints [boxes, 5, 3], best first, in
+    pixels of the picture before the letterbox (which multiplied it by scale and then added pad =
+    (left, top)). Overlaps above iou are suppressed."""
     rows = np.asarray(output, np.float32)[0].T  # [anchors, 20]
     rows = rows[rows[:, 4] > conf]  # [boxes, 20]
     corner = rows[:, :2] - rows[:, 2:4] / 2
-    kept = cv2.dnn.NMSBoxes(np.hstack([corner, rows[:, 2:4]]).tolist(), rows[:, 4].tolist(), conf, iou)
-    kept = np.array(kept, np.int64).reshape(-1)  # cv2 gives an empty tuple for none; sorted by score
+    kept = cv2.dnn.NMSBoxes(np.hstack([corner, rows[:, 2:4]]).tolist(), rows[:, 4].tolist(), conf,
+                            iou)
+    # cv2 gives an empty tuple for none; sorted by score
+    kept = np.array(kept, np.int64).reshape(-1)
     rows, corner = rows[kept], corner[kept]
     boxes = (np.hstack([corner, corner + rows[:, 2:4]]) - np.tile(pad, 2)) / scale
     keypoints = rows[:, 5:].reshape(-1, 5, 3)
@@ -518,7 +527,8 @@ def decode_yolo(output, scale=1.0, pad=(0.0, 0.0), conf=0.5, iou=0.45):
 
 
 class YoloFace:
-    """yolov8n-face.onnx (derronqi/yolov8-face) -> face boxes. find(rgb uint8 [H, W, 3]) -> boxes, scores, keypoints of decode_yolo."""
+    """yolov8n-face.onnx (derronqi/yolov8-face) -> face boxes. find(rgb uint8 [H, W, 3]) -> boxes,
+    scores, keypoints of decode_yolo."""
 
     def __init__(self, onnx, side=640):
         if not os.path.isfile(onnx):
@@ -526,7 +536,9 @@ class YoloFace:
         try:
             self.net, self.side = cv2.dnn.readNetFromONNX(str(onnx)), side
         except cv2.error as error:
-            raise BadInput(f"{onnx}: not an ONNX network that OpenCV can read ({error.err})") from None
+            raise BadInput(
+                f"{onnx}: not an ONNX network that OpenCV can read ({error.err})"
+            ) from None
 
     def find(self, rgb):
         height, width = rgb.shape[:2]
@@ -539,7 +551,7 @@ class YoloFace:
         return decode_yolo(self.net.forward(), scale, pad)
 
 
-# ---- shots: what happens between two cuts ----------------------------------------------------------
+# ---- shots: what happens between two cuts --------------------------------------------------------
 
 GAP_FRAMES = 5  # so many frames without a face are bridged, whatever they show
 

@@ -1,7 +1,7 @@
 """Dubbing: a video and a sound -> the same video, its lower face speaking the sound.
 
     stage           | code                          | patent
-    pass one: watch | watch, Shot, Person           | S12: landmarks, upright crops; Fig. 7: references
+    pass one: watch | watch, Shot, Person           | S12, Fig. 7: crops, references
     hear            | dub                           | S2(1): audio encoder
     pass two: play  | play                          | not in the patent: forward, backward, forward
     redraw          | redraw_frames                 | S2(2) .. S2(5), a batch at a time
@@ -64,7 +64,7 @@ def ahead(source):
         source.close()
 
 
-# ---- pass one: where the faces are, and which frames are the references ----------------------------
+# ---- pass one: where the faces are, and which frames are the references --------------------------
 @dataclass
 class Person:
     """Who is seen in some shots, and the references that all of them share."""
@@ -105,7 +105,8 @@ def watch(video, limit, face, count, progress):
           contextlib.closing(ahead(media.read_frames(video))) as source):
         frames = tqdm(itertools.islice(source, limit), "watch", unit=" frames",
                       disable=None if progress else True)
-        for frame, found, lies, cut in faces.track_shots(frames, [even, odd]):  # a tracker for each core
+        # a tracker for each core
+        for frame, found, lies, cut in faces.track_shots(frames, [even, odd]):
             if cut:
                 finished.append(finish_shot(tracks, looks, face, frame.shape))
                 tracks, looks = [], []
@@ -205,7 +206,7 @@ def join_shots(finished, face, lying):
     return Track(join(points), join(affines), join(whole), join(shots), people, reasons)
 
 
-# ---- pass two: the frames again, also backwards ----------------------------------------------------
+# ---- pass two: the frames again, also backwards --------------------------------------------------
 def play(video, T, count):
     """Yields (t, frame) `count` times: forward, backward, forward ... through the T frames, never a
     jump. A long video swings through its last SWING frames only (or SWING_BYTES).
@@ -256,10 +257,10 @@ def read_copy(path, low, high, shape):
     return np.frombuffer(content, np.uint8).reshape(-1, H, W, 3)[:, :shape[0], :shape[1]]
 
 
-# ---- the network -----------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 def redraw_frames(frames, track, net, features, amplitude):
-    """(t, frame) in playing order, features [1, L, D] -> (t, frame, crop, its new picture); the last
-    two None where nobody is dubbed."""
+    """(t, frame) in playing order, features [1, L, D] -> (t, frame, crop, its new picture); the
+    last two None where nobody is dubbed."""
     select = lipsync.AudioSelector(net.config)
     numbered = enumerate(frames)
     while batch := list(itertools.islice(numbered, BATCH)):
@@ -279,9 +280,10 @@ def redraw_frames(frames, track, net, features, amplitude):
             yield t, frame, *redrawn.get(i, (None, None))
 
 
-# ---- blend -----------------------------------------------------------------------------------------
+# ---- blend ---------------------------------------------------------------------------------------
 def face_outline(points):
-    """Points [K, 3] crop px -> the lower face's rim [21, 2], its chin lowered, its cheeks narrower"""
+    """Points [K, 3] crop px -> the lower face's rim [21, 2], its chin lowered, its cheeks
+    narrower"""
     jaw, mouth = points[faces.JAW, :2].copy(), points[faces.LIPS_OUTER, :2].mean(0)
     below = jaw[:, 1] - mouth[1]
     jaw[:, 1] += CHIN_ROOM * (below / below.max()).clip(0, 1)
@@ -301,7 +303,8 @@ def face_mask(outline):
 
 
 def match_colour(crop, picture, mask):
-    """The picture in the crop's colours: what they differ by at the mask's rim is spread inwards."""
+    """The picture in the crop's colours: what they differ by at the mask's rim is spread
+    inwards."""
     old, new, share = [cv2.resize(x, (TINT_PX, TINT_PX), interpolation=cv2.INTER_AREA)
                        .astype(np.float32) for x in (crop, picture, mask)]
     step = old - new
@@ -313,7 +316,8 @@ def match_colour(crop, picture, mask):
 
 
 def blend(frame, picture, affine, mask):
-    """A crop-sized picture put back where mask > 0 -> a new frame, bit-equal to the old elsewhere."""
+    """A crop-sized picture put back where mask > 0 -> a new frame, bit-equal to the old
+    elsewhere."""
     back, (x, y, w, h) = cv2.invertAffineTransform(affine), cv2.boundingRect(mask)
     corners = np.float32([[x, y], [x + w, y], [x, y + h], [x + w, y + h]])
     corners = corners @ back[:, :2].T + back[:, 2]  # frame px
@@ -327,7 +331,7 @@ def blend(frame, picture, affine, mask):
     return result
 
 
-# ---- all of it -------------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------------
 def check_outputs(out, compare, refs_sheet, inputs):
     """BadInput if one of the output files cannot be written, or is an input or another output."""
     kinds = (("--out", out, ".mp4 .mov .mkv"), ("--compare", compare, ".png .mp4"),
@@ -352,8 +356,9 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
 
     networks: experts.Networks, the path of a checkpoint, or None: the one in weights/. amplitude
     0.5 .. 2: how wide the mouth opens. face: which one, from 0, left to right; None: the largest.
-    refs_sheet: PNG of the references as chosen and as brought to one frame's head pose. compare: MP4, original |
-    dubbed, or PNG, eight moments of both. Raises BadInput (a ValueError); then there is no file at `out`."""
+    refs_sheet: PNG of the references as chosen and as brought to one frame's head pose. compare:
+    MP4, original | dubbed, or PNG, eight moments of both. Raises BadInput (a ValueError); then
+    there is no file at `out`."""
     out, compare, refs_sheet = [path and Path(path) for path in (out, compare, refs_sheet)]
     check_outputs(out, compare, refs_sheet, (video, audio))
     if not 0.5 <= amplitude <= 2:
@@ -461,7 +466,8 @@ def main():
                         help="which face, from 0, left to right (default: the largest)")
     parser.add_argument("--refs-sheet", metavar="PNG", help="write the references, below them as "
                         "brought to one frame's head pose")
-    parser.add_argument("--compare", metavar="PNG|MP4", help="write original and dubbed side by side")
+    parser.add_argument("--compare", metavar="PNG|MP4",
+                        help="write original and dubbed side by side")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--demo", action="store_true",
                         help="draw a speaker, take another speaker's sound, and dub")

@@ -1,4 +1,5 @@
-"""S11: whatever ffmpeg can read, as frames at 25 a second and mono sound at 16 kHz; and back into a file.
+"""S11: whatever ffmpeg can read, as frames at 25 a second and mono sound at 16 kHz; and back into a
+file.
 
     stage        | code                                              | patent
     ask          | probe, ffmpeg_reader                              | -
@@ -26,18 +27,23 @@ from tqdm import tqdm
 
 from lipsync import FPS, SAMPLE_RATE, BadInput
 
-VIDEO_SUFFIXES = set(".3gp .amv .asf .avi .divx .dv .f4v .flv .gif .m1v .m2ts .m2v .m4v .mkv .mov .mp4 "
-                     ".mpe .mpeg .mpg .mts .mxf .ogv .qt .rm .ts .vob .webm .wmv .y4m".split())
+VIDEO_SUFFIXES = set(
+    ".3gp .amv .asf .avi .divx .dv .f4v .flv .gif .m1v .m2ts .m2v .m4v .mkv .mov .mp4 "
+    ".mpe .mpeg .mpg .mts .mxf .ogv .qt .rm .ts .vob .webm .wmv .y4m".split()
+)
 # Containers that hold their own data. Playlists and scripts (hls, dash, concat, image2 ...) would
 # make ffmpeg open other files.
-SAFE_FORMATS = ("aac,ac3,aiff,amr,apng,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,matroska,webm,mov,"
-                "mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,w64,wav,wv,bmp_pipe,"
-                "j2k_pipe,jpeg_pipe,png_pipe,tiff_pipe,webp_pipe,webp_anim,ivf,m4v,mjpeg,obu,y4m,yuv4mpegpipe")
+SAFE_FORMATS = (
+    "aac,ac3,aiff,amr,apng,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,matroska,webm,mov,"
+    "mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,w64,wav,wv,bmp_pipe,"
+    "j2k_pipe,jpeg_pipe,png_pipe,tiff_pipe,webp_pipe,webp_anim,ivf,m4v,mjpeg,obu,y4m,yuv4mpegpipe"
+)
 MOST_PICTURE_BYTES = 1 << 28  # a longer file is no picture
 EXACT = "accurate_rnd+full_chroma_int+bicubic"  # swscale's default truncates: a level too dark
 # A time over ten minutes after the last one is damage: filling the gap would take hours.
 NO_JUMP = "select='not(gt(t-if(isnan(prev_selected_t),0,prev_selected_t),600))'"
-HDR_TO_BT709 = ("setparams=colorspace=bt2020nc:color_primaries=bt2020,"  # also where tags are left out
+# also where tags are left out
+HDR_TO_BT709 = ("setparams=colorspace=bt2020nc:color_primaries=bt2020,"
                 "zscale=transfer=linear:npl=203,format=gbrpf32le,zscale=primaries=bt709,"
                 "tonemap=clip,zscale=transfer=bt709:matrix=bt709:range=tv,format=yuv420p")
 
@@ -82,8 +88,9 @@ def probe(path):
 
 @contextlib.contextmanager
 def ffmpeg_reader(path, *output, before=()):
-    """Starts ffmpeg on one local file: gives (its stdout, fail), where fail(default) is the BadInput
-    that says what went wrong. output: options of what goes to stdout, before: of the input.
+    """Starts ffmpeg on one local file: gives (its stdout, fail), where fail(default) is the
+    BadInput that says what went wrong. output: options of what goes to stdout, before: of the
+    input.
 
     All streams are read, those not asked for into nothing: so that sound and pictures, read by two
     runs, start from one clock (in MPEG-TS each stream has its own)."""
@@ -167,12 +174,13 @@ def picture_filters(info, fps):
 
 
 def read_frames(path, fps=FPS):
-    """Frames of a video (or the one of a picture) at a constant rate -> iterator of uint8 RGB [H, W, 3].
+    """Frames of a video (or the one of a picture) at a constant rate -> iterator of uint8 RGB [H,
+    W, 3].
 
     Frame i shows time i / fps (seconds) on the clock of read_audio. Rotation flags and non-square
     pixels are undone, interlaced video is deinterlaced, HDR is tone-mapped to BT.709, transparency
-    lies on black, later frames of another size are fitted into the first one's. One frame in memory.
-    Raises BadInput: unreadable, "no picture"."""
+    lies on black, later frames of another size are fitted into the first one's. One frame in
+    memory. Raises BadInput: unreadable, "no picture"."""
     info = probe(path)
     if info.picture:
         picture = read_picture(path)
@@ -212,7 +220,8 @@ def fit(frame, height, width):
 
 
 def read_picture(path):
-    """A still picture's file -> uint8 RGB [H, W, 3], turned as its EXIF says; None if OpenCV cannot."""
+    """A still picture's file -> uint8 RGB [H, W, 3], turned as its EXIF says; None if OpenCV
+    cannot."""
     content = np.fromfile(path, np.uint8, MOST_PICTURE_BYTES)
     if len(content) == 0:
         return None
@@ -252,8 +261,8 @@ class VideoWriter:
     with VideoWriter("out.mp4", sound) as writer: writer.write(rgb)  # uint8 [H, W, 3], one size
     sound: float32 [N] at 16 kHz; or the path of a media file, whose default track is taken as it is
     (at most 48 kHz, stereo); or None. seconds: where the sound is cut; None: at its end.
-    like: the video that the frames were read from: the file's colours are BT.601 or BT.709 as there,
-    where another would round each value once more. None: BT.709.
+    like: the video that the frames were read from: the file's colours are BT.601 or BT.709 as
+    there, where another would round each value once more. None: BT.709.
     lossless: RGB, every frame on its own, for a copy that is read back bit-equal.
     Raises BadInput when the file cannot be written (no folder, disk full, unknown suffix)."""
 
@@ -261,7 +270,9 @@ class VideoWriter:
                  like=None, lossless=False):
         self.path = Path(os.path.realpath(path))  # a link is written through
         self.sound, self.fps, self.seconds = sound, fps, seconds
-        self.part = self.path.with_name(f".{hash_of(self.path.name):x}.{os.getpid()}{self.path.suffix}")
+        self.part = self.path.with_name(
+            f".{hash_of(self.path.name):x}.{os.getpid()}{self.path.suffix}"
+        )
         self.process = None
         matrix = written_matrix(like)
         self.codec = ["-c:v", "libx264", "-crf", str(crf), "-preset", preset, "-pix_fmt", "yuv420p",
@@ -295,10 +306,10 @@ class VideoWriter:
         track = probe(self.sound).audio or 0
         finite = "aeval='if(isnan(val(ch))+isinf(val(ch)),0,val(ch))':c=same"
         clock = "aresample=async=1:first_pts=0:osf=fltp:clev=1"  # a centre voice stays as loud
+        rates = "48000|44100|32000|24000|22050|16000|12000|11025|8000"
+        form = f"aformat=sample_rates={rates}:channel_layouts=stereo|mono"
         return ["-format_whitelist", SAFE_FORMATS, "-i", f"file:{self.sound}", *coding,
-                "-map", f"1:a:{track}", "-af",
-                f"a{NO_JUMP},{finite},{clock},aformat=sample_rates=48000|44100|32000|24000|22050|16000|12000|11025|8000"
-                ":channel_layouts=stereo|mono"]
+                "-map", f"1:a:{track}", "-af", f"a{NO_JUMP},{finite},{clock},{form}"]
 
     def clock_words(self):
         """Reads the pictures beside the sound into nothing, as ffmpeg_reader does: one clock."""

@@ -266,7 +266,8 @@ def prepare_features(run, noisy=False):
         return
     jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in {False, noisy}]
     jobs = jobs[run.rank::run.world]  # shared out before anyone writes: no clip falls between two
-    jobs = [job for job in jobs if not sampling.feature_path(job[0], run.features, job[1]).is_file()]
+    jobs = [job
+            for job in jobs if not sampling.feature_path(job[0], run.features, job[1]).is_file()]
     for path, noise in tqdm(jobs, desc="audio features", unit="clip", disable=not jobs):
         clip = data.load_or_skip(path)
         if clip is None:
@@ -392,7 +393,8 @@ def train_lip(run):
     parts = dict(net=net, optimizer=optimizer, scheduler=scheduler)
     keeper = Keeper(run, "lip", parts, config.lip_steps, config.batch * data.CLIP_FRAMES,
                     {"kind": "lip", "config": net.config}, infos)
-    dataset, view = sampling.SentenceDataset(infos, config.seed), experts.VIEW_PX[config.expert_size]
+    dataset, view = sampling.SentenceDataset(infos,
+                                             config.seed), experts.VIEW_PX[config.expert_size]
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):
         with lipsync.autocast(run.device):
             video = experts.mouth_view(batch["video"].float() / 255, view)  # [B, T, 3, h, w]
@@ -525,7 +527,8 @@ def predict_clip(run, net, encoder, clip, info):
 
 # ---------------------------------------------------------------- the generator
 def train_generator(run):
-    """loss = w_r rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts and sound frozen (S3).
+    """loss = w_r rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts and sound frozen
+    (S3).
     -> False if stopped early"""
     from bench import progress  # to look at, not in the patent: a room of its own
     config = run.config
