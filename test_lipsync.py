@@ -2597,21 +2597,26 @@ def film(people, name, graph, *inputs):
 
 ZOOM = "scale=800:450,crop=640:360:80:20"
 PUNCH_IN = (
-    f"[0:v]trim=0:1.4,setpts=PTS-STARTPTS[x];[0:v]trim=1.4:2.8,setpts=PTS-STARTPTS,{ZOOM}[y];"
-    f"[x][y]concat")
+    "[0:v]trim=0:1.4,setpts=PTS-STARTPTS[x];"
+    f"[0:v]trim=1.4:2.8,setpts=PTS-STARTPTS,{ZOOM}[y];[x][y]concat"
+)
 MIRRORED = (
-    f"[0:v]trim=0:1,setpts=PTS-STARTPTS[x];[0:v]trim=1:2,setpts=PTS-STARTPTS,hflip,{ZOOM}[y];[0:"
-    f"v]trim=2:3,setpts=PTS-STARTPTS[z];[x][y][z]concat=n=3")
+    "[0:v]trim=0:1,setpts=PTS-STARTPTS[x];"
+    f"[0:v]trim=1:2,setpts=PTS-STARTPTS,hflip,{ZOOM}[y];"
+    "[0:v]trim=2:3,setpts=PTS-STARTPTS[z];[x][y][z]concat=n=3"
+)
 ELSEWHERE = (
     "[0:v]trim=0:1.4,setpts=PTS-STARTPTS,scale=960:540,crop=640:360:20:60[x];"
     "[0:v]trim=1.4:2.8,setpts=PTS-STARTPTS,scale=960:540,crop=640:360:300:60[y];[x][y]concat"
 )
-# the mouth: no mesh fits
+# The mouth is covered: no mesh fits.
 COVERED = "trim=end_frame=1,loop=29:1,setpts=N/25/TB,drawbox=0:200:640:60:0x28283c:fill"
 LYING = COVERED + ",transpose=1"
 IN_TURN = (
-    "[0:v]trim=0:1.2,setpts=PTS-STARTPTS[x];[1:v]trim=1.2:2,setpts=PTS-STARTPTS[y];[0:v]trim=2:3,"
-    "setpts=PTS-STARTPTS[z];[x][y][z]concat=n=3")
+    "[0:v]trim=0:1.2,setpts=PTS-STARTPTS[x];"
+    "[1:v]trim=1.2:2,setpts=PTS-STARTPTS[y];"
+    "[0:v]trim=2:3,setpts=PTS-STARTPTS[z];[x][y][z]concat=n=3"
+)
 
 
 @pytest.mark.parametrize("name, graph, inputs, cuts",
