@@ -364,63 +364,93 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
     if not 0.5 <= amplitude <= 2:
         raise BadInput(f"--amplitude {amplitude}: must lie between 0.5 and 2")
     start = time.perf_counter()
-    sound, device = media.read_audio(audio), lipsync.pick_device(device)  # [N]
-    if not sound.any():
-        print(f"{audio}: digital silence, the mouth rests", file=sys.stderr)
-    wave = lipsync.level_sound(sound)
+    wave = read_sound(audio)
+    device = lipsync.pick_device(device)
     if not isinstance(networks, experts.Networks):
         networks = experts.load_networks(networks, device)
-    net, count = networks.net, max(1, round(len(wave) / SAMPLES_PER_FRAME))
-    with ThreadPoolExecutor(1) as pool, torch.inference_mode():
-        hearing = pool.submit(torch.inference_mode()(networks.audio_encoder), wave[None].to(device))
-        track = watch(video, max(count, REFERENCE_SECONDS * FPS), face, net.config.refs, progress)
-        features = hearing.result()  # [1, L, D]
-    lips, changed, strip, first_frame_s, kept = [], [], [], None, {}
+    count = max(1, round(len(wave) / SAMPLES_PER_FRAME))  # frames of the dubbed video
+    track, features = watch_and_hear(video, wave, count, networks, face, progress)
+    mouths, strip, kept, first_frame_s = [], [], {}, None
     moments = {int((i + 0.5) * count / 8) for i in range(8)}
-    writer = dict(sound=audio, seconds=count / FPS, preset=PRESET, like=video)
+    options = dict(sound=audio, seconds=count / FPS, preset=PRESET, like=video)
     with contextlib.ExitStack() as stack:
         movie = compare and compare.suffix.lower() == ".mp4"
-        side = stack.enter_context(media.VideoWriter(compare, **writer)) if movie else None
-        target = stack.enter_context(media.VideoWriter(out, **writer))
-        frames = stack.enter_context(contextlib.closing(
-            ahead(play(video, len(track.whole), count))))
-        drawn = stack.enter_context(contextlib.closing(
-            ahead(redraw_frames(frames, track, net, features, amplitude))))
+        side = stack.enter_context(media.VideoWriter(compare, **options)) if movie else None
+        target = stack.enter_context(media.VideoWriter(out, **options))
+        frames = ahead(play(video, len(track.whole), count))
+        stack.enter_context(contextlib.closing(frames))
+        drawn = ahead(redraw_frames(frames, track, networks.net, features, amplitude))
+        stack.enter_context(contextlib.closing(drawn))
         bar = tqdm(drawn, "dub", count, unit=" frames", disable=None if progress else True)
         for i, (t, frame, crop, picture) in enumerate(bar):
             first_frame_s = first_frame_s or time.perf_counter() - start
-            dubbed = frame
-            if picture is not None:
-                mask = face_mask(face_outline(track.steady_points(t)))
-                picture = match_colour(crop, picture, mask)
-                dubbed = blend(frame, picture, track.affines[t], mask)
-            else:
+            if picture is None:
                 kept.setdefault(track.reasons[t], []).append(i / FPS)
-            target.write(dubbed)
-            changed.append(picture is not None)
-            if networks.sync is not None and i < SYNC_SECONDS * FPS:
-                lips.append(faces.crop(dubbed, track.affines[t])[faces.CROP_PX // 2:]
-                            if picture is not None
-                            else np.zeros((faces.CROP_PX // 2, faces.CROP_PX, 3), np.uint8))
+                dubbed = made = None
+            else:
+                dubbed = put_back(frame, crop, picture, track, t)
+                made = faces.crop(dubbed, track.affines[t])  # as it is seen
+            shown = frame if dubbed is None else dubbed
+            target.write(shown)
+            if i < SYNC_SECONDS * FPS:
+                mouths.append(made)
             if side:
-                side.write(np.concatenate([frame, dubbed], 1))
-            elif compare and i in moments and picture is not None:
-                strip.append(np.concatenate([crop, faces.crop(dubbed, track.affines[t])]))
+                side.write(np.concatenate([frame, shown], 1))
+            elif compare and i in moments and made is not None:
+                strip.append(np.concatenate([crop, made]))
     seconds = time.perf_counter() - start
     report = dict(out=str(out), frames=count, seconds=seconds, fps=count / seconds,
                   first_frame_s=first_frame_s, kept=sum(map(len, kept.values())),
                   reasons={reason: (len(times), times[0]) for reason, times in kept.items()})
-    if networks.sync is not None:
-        with contextlib.suppress(BadInput):  # too few frames to measure
-            mel = lipsync.log_mel(wave[:SYNC_SECONDS * SAMPLE_RATE])
-            heard = experts.sync_sound(networks.sync, mel, features[0])
-            mouths = np.stack(lips).transpose(0, 3, 1, 2)
-            report |= experts.measure_offset(networks.sync, mouths, heard, changed)
+    report |= measure_sync(mouths, wave, features, networks)
     if refs_sheet:
-        save_png(refs_sheet, reference_sheet(track, net))
+        save_png(refs_sheet, reference_sheet(track, networks.net))
     if strip:
         save_png(compare, np.concatenate(strip, 1))
     return report
+
+
+def read_sound(audio):
+    """-> wave float32 [N] at 16 kHz, brought to one loudness; silence is said on stderr."""
+    sound = media.read_audio(audio)
+    if not sound.any():
+        print(f"{audio}: digital silence, the mouth rests", file=sys.stderr)
+    return lipsync.level_sound(sound)
+
+
+def watch_and_hear(video, wave, count, networks, face, progress):
+    """Pass one, while the audio encoder works -> Track, features [1, L, D]"""
+    limit = max(count, REFERENCE_SECONDS * FPS)  # a short sound still gets good references
+    device = next(networks.net.parameters()).device
+    encode = torch.inference_mode()(networks.audio_encoder)  # the mode is each thread's own
+    with ThreadPoolExecutor(1) as pool:
+        hearing = pool.submit(encode, wave[None].to(device))
+        track = watch(video, limit, face, networks.net.config.refs, progress)
+        return track, hearing.result()
+
+
+def put_back(frame, crop, picture, track, t):
+    """The new picture of frame t's crop, blended into the frame -> frame"""
+    mask = face_mask(face_outline(track.steady_points(t)))
+    return blend(frame, match_colour(crop, picture, mask), track.affines[t], mask)
+
+
+def measure_sync(crops, wave, features, networks):
+    """How well the dubbed mouths fit the sound: experts.measure_offset of the first SYNC_SECONDS;
+    {} with no sync expert or too few frames. crops: uint8 [256, 256, 3], None where none was made.
+    """
+    if networks.sync is None:
+        return {}
+    half = faces.CROP_PX // 2
+    nothing = np.zeros((half, faces.CROP_PX, 3), np.uint8)
+    mouths = np.stack([nothing if crop is None else crop[half:] for crop in crops])
+    mel = lipsync.log_mel(wave[:SYNC_SECONDS * SAMPLE_RATE])
+    sound = experts.sync_sound(networks.sync, mel, features[0])
+    made = [crop is not None for crop in crops]
+    try:
+        return experts.measure_offset(networks.sync, mouths.transpose(0, 3, 1, 2), sound, made)
+    except BadInput:
+        return {}
 
 
 def reference_sheet(track, net):
