@@ -68,11 +68,19 @@ LIPS_OUTER, LIPS_INNER, JAW = kept(LIPS_OUTER_MESH), kept(LIPS_INNER_MESH), kept
 MOUTH = LIPS_OUTER + LIPS_INNER + JAW  # [P] what the sound moves: the first P of the K points
 MOUTH_CORNERS, INNER_LIPS, OUTER_LIPS = kept([61, 291]), kept([13, 14]), kept([0, 17])  # pairs
 EYE_CORNERS, NOSE_TIP = kept([33, 263]), kept([4])[0]
-PARTNER = {
-    **dict(zip(UPPER_RIGHT + CHEEKS_RIGHT, UPPER_LEFT + CHEEKS_LEFT)),
-    **dict(zip(UPPER_LEFT + CHEEKS_LEFT, UPPER_RIGHT + CHEEKS_RIGHT)),
-    **dict(zip(JAW_MESH, JAW_MESH[::-1])),
-    **{lips[i]: lips[10 - i] for lips in (LIPS_OUTER_MESH, LIPS_INNER_MESH) for i in range(-9, 11)}}
+
+
+def mirror_partners():
+    """{number in MediaPipe's mesh: the number of the point that it becomes in a mirror}"""
+    right, left = UPPER_RIGHT + CHEEKS_RIGHT, UPPER_LEFT + CHEEKS_LEFT
+    partners = {**dict(zip(right, left)), **dict(zip(left, right))}
+    partners |= zip(JAW_MESH, JAW_MESH[::-1])
+    for lips in (LIPS_OUTER_MESH, LIPS_INNER_MESH):  # 20 points around, from corner to corner
+        partners |= {lips[i]: lips[10 - i] for i in range(-9, 11)}
+    return partners
+
+
+PARTNER = mirror_partners()
 MIRROR = kept([PARTNER.get(number, number) for number in KEPT_POINTS])  # [K]
 # The RIGID points of MediaPipe's canonical face, cm, x + iy, y down.
 RIGID_TEMPLATE = np.array([-4.446 - 2.664j, -1.856 - 2.585j, 1.856 - 2.585j, 4.446 - 2.664j,
@@ -477,29 +485,34 @@ def select_references(landmarks, count, exclude=None, rng=None):
     away from the median pose counts as less unlike. exclude [n]: never a frame less than 5 from
     one of these, unless there is no other. rng (numpy Generator): the same rule on a random
     half of the frames, for training; None: always the same frames, for dubbing."""
-    T = len(landmarks)
-    allowed = np.arange(T)
+    allowed = np.arange(len(landmarks))
     if exclude is not None:
         far = np.abs(allowed[:, None] - exclude).min(1) >= 5
         allowed = allowed[far] if far.any() else allowed
     if rng is not None:
         allowed = rng.permutation(allowed)[:max(4 * count, len(allowed) // 2)]
-    gap, width, _ = mouth_shape(landmarks[allowed]).T
-    eyes = np.linalg.norm(landmarks[allowed][:, RIGID[0], :2]
-                          - landmarks[allowed][:, RIGID[3], :2], axis=1)
-    shape = np.stack([gap / eyes, width / eyes], 1)  # [n, 2]
+    opening_and_width = mouth_shape(landmarks)[:, :2]  # [T, 2] px
+    eyes = landmarks[:, RIGID[0], :2] - landmarks[:, RIGID[3], :2]
+    shape = opening_and_width / np.linalg.norm(eyes, axis=1, keepdims=True)
+    shape, doubt = shape[allowed], reference_doubt(landmarks)[allowed]
     shape = shape.clip(*np.quantile(shape, (0.02, 0.98), axis=0))  # a bad mesh is no extreme mouth
-    pose = head_pose(landmarks)
-    turned_away = np.linalg.norm(pose - np.median(pose, 0), axis=1)[allowed]
-    speed = np.linalg.norm(np.gradient(landmarks[:, MOUTH, :2].mean(1), axis=0), axis=1)[allowed] \
-        if T > 1 else np.zeros(1)
-    doubt = 0.5 * turned_away + 0.02 * speed  # in the unit of shape: eye distances
     chosen = [int(np.argmin(shape[:, 0] + doubt))]
     unlike = np.full(len(allowed), np.inf)
     for _ in range(count - 1):
         unlike = np.minimum(unlike, np.linalg.norm(shape - shape[chosen[-1]], axis=1))
         chosen.append(int(np.argmax(unlike - doubt)))
     return allowed[chosen].astype(np.int64)
+
+
+def reference_doubt(landmarks):
+    """What speaks against each frame as a reference, in eye distances: a head turned away from the
+    median pose, a mouth that moves. [T, K, 3] -> [T]"""
+    pose = head_pose(landmarks)
+    turned_away = np.linalg.norm(pose - np.median(pose, 0), axis=1)
+    if len(landmarks) == 1:
+        return 0.5 * turned_away
+    velocity = np.gradient(landmarks[:, MOUTH, :2].mean(1), axis=0)  # px a frame
+    return 0.5 * turned_away + 0.02 * np.linalg.norm(velocity, axis=1)
 
 
 # ---- face box (S12): yolov8-face through cv2.dnn, only with --face-detector ----------------------
@@ -536,9 +549,8 @@ class YoloFace:
         try:
             self.net, self.side = cv2.dnn.readNetFromONNX(str(onnx)), side
         except cv2.error as error:
-            raise BadInput(
-                f"{onnx}: not an ONNX network that OpenCV can read ({error.err})"
-            ) from None
+            reason = f"not an ONNX network that OpenCV can read ({error.err})"
+            raise BadInput(f"{onnx}: {reason}") from None
 
     def find(self, rgb):
         height, width = rgb.shape[:2]
@@ -546,7 +558,7 @@ class YoloFace:
         pad = (int(self.side - width * scale) // 2, int(self.side - height * scale) // 2)
         canvas = np.full((self.side, self.side, 3), 114, np.uint8)
         small = cv2.resize(rgb, (round(width * scale), round(height * scale)))
-        canvas[pad[1] : pad[1] + small.shape[0], pad[0] : pad[0] + small.shape[1]] = small
+        canvas[pad[1]:pad[1] + len(small), pad[0]:pad[0] + small.shape[1]] = small
         self.net.setInput(cv2.dnn.blobFromImage(canvas, 1 / 255.0))  # [1, 3, 640, 640], RGB
         return decode_yolo(self.net.forward(), scale, pad)
 
@@ -604,11 +616,15 @@ def is_cut(before, after):
 
 def colour_change(before, after):
     """Of two thumbnails: 0 the same colours .. 1 no colour in common"""
-    histograms = [np.histogramdd(picture.reshape(-1, 3), bins=6, range=[(0, 256)] * 3)[0]
-                  for picture in (before, after)]
-    return np.abs(histograms[0] - histograms[1]).sum() / histograms[0].sum() / 2
+    counts = []
+    for picture in (before, after):
+        colours, _ = np.histogramdd(picture.reshape(-1, 3), bins=6, range=[(0, 256)] * 3)
+        counts.append(colours / colours.sum())
+    return np.abs(counts[0] - counts[1]).sum() / 2
 
 
 def jump(a, b):
     """Two faces [K, 3] -> how far apart, in face sizes, position and size together."""
-    return distance(a, b) / face_size(a) + abs(np.log(face_size(a) / face_size(b)))
+    moved = distance(a, b) / face_size(a)
+    grown = abs(np.log(face_size(a) / face_size(b)))
+    return moved + grown
