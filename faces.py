@@ -102,8 +102,7 @@ class Detection:
 
 
 class FaceTracker:
-    """MediaPipe's FaceLandmarker and detector, for many videos. `with FaceTracker() as tracker:
-    ...`
+    """MediaPipe's FaceLandmarker and detector, for many videos; a context manager.
 
     Once a second, and where no face is followed, the detector surveys the picture. It says
     where to look closer (the mesh's own detector misses faces below an eighth of the picture),
@@ -252,8 +251,10 @@ def agrees(points, detections):
     centre = points[:, :2].mean(0)
     nearest = min(detections, default=None,
                   key=lambda found: np.linalg.norm(found.box.reshape(2, 2).mean(0) - centre))
-    if nearest is None or not (nearest.box[:2] < centre).all() or not (centre
-                                                                       < nearest.box[2:]).all():
+    if nearest is None:
+        return True
+    low, high = nearest.box.reshape(2, 2)
+    if not ((low < centre) & (centre < high)).all():
         return True  # the mesh follows a face that the detector misses
     eyes = points[kept(RIGID_MESH[:4]), :2].reshape(2, 2, 2).mean(1)
     mouth = points[MOUTH_CORNERS, :2].mean(0)

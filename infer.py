@@ -34,6 +34,7 @@ import experts
 import faces
 import lipsync
 import media
+from faces import CROP_PX
 from lipsync import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput
 
 BATCH, QUEUE = 8, 12  # frames that go through the network together; that wait between two stages
@@ -46,7 +47,7 @@ SAME_PERSON = 20.0  # mean difference of two looks, 0..255, up to which they are
 LOOK_PX = 16  # side of the small upper face by which people are told apart
 STEADY = 1.0  # frames: sigma of the smoothing of a face's points over time
 # crop px: first row drawn; rows that fade in; rim
-MASK_TOP, RAMP, FEATHER = faces.CROP_PX // 2, 22, 6.0
+MASK_TOP, RAMP, FEATHER = CROP_PX // 2, 22, 6.0
 CHIN_ROOM, CHEEK = 12, 0.4  # the mask's rim: crop px lower at the chin, share narrower
 TINT_PX, TINT_SIGMA, TINT_TRUST = 32, 6.0, 10.0  # colour match: map's size, blur; step still a tint
 
@@ -66,6 +67,16 @@ def ahead(source):
 
 # ---- pass one: where the faces are, and which frames are the references --------------------------
 @dataclass
+class Shot:
+    """What was seen of one person between two cuts, T frames."""
+    points: np.ndarray  # float32 [T, K, 3] frame px, NaN where the person is absent
+    whole: np.ndarray  # bool [T], the lower face is wholly in the picture
+    lying: list  # bool [T], a face that is not upright could not be followed
+    look: np.ndarray  # float32 [16, 16, 3], the small upper face; None without a face
+    people: int  # how many there are
+
+
+@dataclass(eq=False)
 class Person:
     """Who is seen in some shots, and the references that all of them share."""
     look: np.ndarray  # float32 [16, 16, 3], the small upper face
@@ -84,44 +95,36 @@ class Track:
     people: list  # of each shot its Person, or None where nobody is dubbed
     reasons: list  # [T] why a frame is kept as it was, or ""
 
+    def persons(self):
+        """Everybody who is dubbed, once"""
+        return [person for person in dict.fromkeys(self.people) if person]
+
     def steady_points(self, t):
         """The points of frame t, averaged over its neighbours in the shot -> float32 [K, 3]"""
         reach = np.arange(-2, 3)
         near = np.clip(t + reach, 0, len(self.points) - 1)
-        weight = np.exp(-reach ** 2 / (2 * STEADY ** 2)) * (self.shots[near] == self.shots[t])
-        weight = weight * np.isfinite(self.points[near, 0, 0])
-        seen = np.nan_to_num(self.points[near])
-        return (seen * weight[:, None, None]).sum(0).astype(np.float32) / np.float32(weight.sum())
+        points = self.points[near]
+        usable = (self.shots[near] == self.shots[t]) & np.isfinite(points[:, 0, 0])
+        weight = usable * np.exp(-reach ** 2 / (2 * STEADY ** 2))
+        mean = np.average(np.nan_to_num(points), axis=0, weights=weight)
+        return mean.astype(np.float32)
 
 
 def watch(video, limit, face, count, progress):
     """Follows one face per shot through the first `limit` frames; chooses `count` references for
-    each person. -> Track
-
-    Shots of the same person share references: a shot belongs to the person whose look (a small
-    picture of the aligned upper face) it resembles most, if nearly enough; else to somebody new."""
-    finished, tracks, looks, lying = [], [], [], []
-    with (faces.FaceTracker() as even, faces.FaceTracker() as odd,
-          contextlib.closing(ahead(media.read_frames(video))) as source):
-        frames = tqdm(itertools.islice(source, limit), "watch", unit=" frames",
-                      disable=None if progress else True)
-        # a tracker for each core
-        for frame, found, lies, cut in faces.track_shots(frames, [even, odd]):
-            if cut:
-                finished.append(finish_shot(tracks, looks, face, frame.shape))
-                tracks, looks = [], []
-            if len(tracks) % FPS == 0 or not looks:
-                looks += [(len(tracks), points, small_face(frame, points)) for points in found]
-            tracks.append(found)
-            lying.append(lies)
-        finished.append(finish_shot(tracks, looks, face, frame.shape))
-    track = join_shots(finished, face, lying)
-    if not track.whole.any() and sum(lying) > len(lying) / 2:
-        raise BadInput(f"{video}: {faces.LYING}")
+    each person. -> Track"""
+    shots = list(watch_shots(video, limit, face, progress))
+    most = max(shot.people for shot in shots)
+    if face is not None and face >= most:
+        raise BadInput(f"--face {face}: there are {most} faces (from 0, left to right)")
+    track = join_shots(shots, face)
     if not track.whole.any():
-        raise BadInput(f"{video}: no face in any of its {len(track.whole)} frames, or never the "
-                       "whole of its lower half")
-    for person in {id(person): person for person in track.people if person}.values():
+        T = len(track.whole)
+        if track.reasons.count(faces.LYING) > T / 2:
+            raise BadInput(f"{video}: {faces.LYING}")
+        raise BadInput(f"{video}: no face in any of its {T} frames, or never the whole of its "
+                       "lower half")
+    for person in track.persons():
         some = np.array(person.frames)
         chosen = some[faces.select_references(track.points[some], count)]
         pictures = media.frames_at(video, chosen.tolist())
@@ -130,31 +133,49 @@ def watch(video, limit, face, count, progress):
     return track
 
 
+def watch_shots(video, limit, face, progress):
+    """Yields the Shots of the first `limit` frames."""
+    tracks, looks, lying = [], [], []
+    with (faces.FaceTracker() as even, faces.FaceTracker() as odd,  # one for each core
+          contextlib.closing(ahead(media.read_frames(video))) as source):
+        frames = tqdm(itertools.islice(source, limit), "watch", unit=" frames",
+                      disable=None if progress else True)
+        for frame, found, lies, cut in faces.track_shots(frames, [even, odd]):
+            if cut:
+                yield finish_shot(tracks, looks, lying, face, frame.shape)
+                tracks, looks, lying = [], [], []
+            if len(tracks) % FPS == 0 or not looks:
+                looks += [(len(tracks), points, small_face(frame, points)) for points in found]
+            tracks.append(found)
+            lying.append(lies)
+    yield finish_shot(tracks, looks, lying, face, frame.shape)
+
+
 def small_face(frame, points):
     """-> float32 [16, 16, 3]: the upper half of the face's crop, small"""
-    upper = faces.crop(frame, faces.smooth_affines(points[None])[0])[:faces.CROP_PX // 2]
+    affine = faces.smooth_affines(points[None])[0]
+    upper = faces.crop(frame, affine)[:CROP_PX // 2]
     return cv2.resize(upper, (LOOK_PX, LOOK_PX), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
-def finish_shot(tracks, looks, face, shape):
-    """A shot's tracks -> (points [T, K, 3] frame px, whole [T], look or None, number of people).
-
-    The largest face whose lower half is inside the picture; with `face` the one of that number."""
+def finish_shot(tracks, looks, lying, face, shape):
+    """Per frame its faces, and some (t, points, small face) -> Shot of the largest face whose lower
+    half is inside the picture; with `face` of the one of that number."""
     people = faces.group_people(tracks)
     if face is None:
         fit = [person for person in people if np.mean(inside(person, shape)) > 0.5]
-        people_left = sorted(fit or people, key=faces.person_size)[-1:]
+        chosen = sorted(fit or people, key=faces.person_size)[-1:]
     else:
-        people_left = people[face:face + 1]
+        chosen = people[face:face + 1]
     points = np.full((len(tracks), faces.K, 3), np.nan, np.float32)
     whole = np.zeros(len(tracks), bool)
-    for person in people_left:
-        whole[[t for t, _ in person]] = inside(person, shape)
-        for t, there in person:
-            points[t] = there
+    for person in chosen:
+        times, places = zip(*person)
+        points[list(times)] = places
+        whole[list(times)] = inside(person, shape)
     pictures = [picture for t, there, picture in looks if np.array_equal(there, points[t])]
     look = np.median(pictures, 0) if pictures else None
-    return points, whole, look, len(people)
+    return Shot(points, whole, lying, look, len(people))
 
 
 def inside(person, shape):
@@ -167,43 +188,57 @@ def inside(person, shape):
     return ((place > -room) & (place < 1 + room)).all((1, 2))
 
 
-def join_shots(finished, face, lying):
-    """The shots of finish_shot, one after the other, and who is in them; lying [T] of the tracker.
-    -> Track"""
-    people, persons, start = [], [], 0
-    if face is not None and not any(count > face for *_, count in finished):
-        most = max(count for *_, count in finished)
-        raise BadInput(f"--face {face}: there are {most} faces (from 0, left to right)")
-    points, affines, whole, shots, reasons = [], [], [], [], []
-    for number, (landmarks, inner, look, count) in enumerate(finished):
-        T = len(landmarks)
-        found = np.isfinite(landmarks[:, 0, 0])
-        person = None
-        if look is not None and inner.any():
-            apart = [np.abs(someone.look - look).mean() for someone in persons]
-            if apart and min(apart) < SAME_PERSON:
-                person = persons[int(np.argmin(apart))]
-            elif face is None or not persons:
-                persons.append(person := Person(look))
+def join_shots(shots, face):
+    """Shots one after the other, and who is in them -> Track"""
+    people = tell_people(shots, face)
+    points, affines, reasons, start = [], [], [], 0
+    for shot, person in zip(shots, people):
+        motion = np.zeros((len(shot.points), 2, 3), np.float32)
+        places = np.full_like(shot.points, np.nan)
         if person is not None:
-            person.frames += (start + np.flatnonzero(inner)).tolist()
-            motion = faces.smooth_affines(landmarks)
-            affines.append(motion)
-            points.append(faces.to_crop(landmarks, motion))
-        else:
-            affines.append(np.zeros((T, 2, 3), np.float32))
-            points.append(np.full_like(landmarks, np.nan))
-        stranger = person is None and inner.any()
-        missing = "another person" if count and face is not None else "no face"
-        for ok, there, lies in zip(inner, found, lying[start:]):
-            reasons.append("another person" if stranger else "" if ok else
-                           "partly outside" if there else faces.LYING if lies else missing)
-        whole.append(inner & (person is not None))
-        shots.append(np.full(T, number))
+            person.frames += (start + np.flatnonzero(shot.whole)).tolist()
+            motion = faces.smooth_affines(shot.points)
+            places = faces.to_crop(shot.points, motion)
+        affines.append(motion)
+        points.append(places)
+        reasons += why_kept(shot, person, face)
+        start += len(shot.points)
+    whole = np.array([reason == "" for reason in reasons])
+    numbers = np.repeat(np.arange(len(shots)), [len(shot.points) for shot in shots])
+    return Track(np.concatenate(points), np.concatenate(affines), whole, numbers, people, reasons)
+
+
+def tell_people(shots, face):
+    """-> of each shot its Person, or None where nobody is dubbed.
+
+    A shot belongs to the person whose look (a small picture of the aligned upper face) it resembles
+    most, if nearly enough; else to somebody new, who is not dubbed where `face` chose somebody."""
+    known, people = [], []
+    for shot in shots:
+        person = None
+        if shot.whole.any() and shot.look is not None:
+            apart = [np.abs(someone.look - shot.look).mean() for someone in known]
+            if min(apart, default=SAME_PERSON) < SAME_PERSON:
+                person = known[int(np.argmin(apart))]
+            elif face is None or not known:
+                person = Person(shot.look)
+                known.append(person)
         people.append(person)
-        start += T
-    join = np.concatenate
-    return Track(join(points), join(affines), join(whole), join(shots), people, reasons)
+    return people
+
+
+def why_kept(shot, person, face):
+    """-> of each frame of a shot why it is kept as it was, or "" """
+    if person is None and shot.whole.any():
+        return ["another person"] * len(shot.whole)
+    missing = "another person" if shot.people and face is not None else "no face"
+    reasons = []
+    for whole, points, lies in zip(shot.whole, shot.points, shot.lying):
+        reason = faces.LYING if lies else missing
+        if np.isfinite(points[0, 0]):
+            reason = "" if whole else "partly outside"
+        reasons.append(reason)
+    return reasons
 
 
 # ---- pass two: the frames again, also backwards --------------------------------------------------
@@ -265,26 +300,27 @@ def redraw_frames(frames, track, net, features, amplitude):
     numbered = enumerate(frames)
     while batch := list(itertools.islice(numbered, BATCH)):
         redrawn = {}
-        for number, group in itertools.groupby(batch, lambda item: track.shots[item[1][0]]):
-            person = track.people[number]
-            group = [(i, t, frame) for i, (t, frame) in group if track.whole[t]]
+        shown = [(i, t, frame) for i, (t, frame) in batch if track.whole[t]]
+        for person in track.persons():
+            group = [one for one in shown if track.people[track.shots[one[1]]] is person]
             if not group:
                 continue
+            numbers, times, _ = zip(*group)
             crops = np.stack([faces.crop(frame, track.affines[t]) for _, t, frame in group])
-            landmarks = np.stack([track.steady_points(t) for _, t, _ in group])  # [B, K, 3]
+            landmarks = np.stack([track.steady_points(t) for t in times])  # [B, K, 3]
             points = faces.place_points(person.points, landmarks)  # [B, R, 2, K, 2]
-            audio = select(features, torch.tensor([[i for i, _, _ in group]]))[0]  # [B, F, D]
-            pictures = lipsync.redraw(net, person.refs, crops, points, audio, amplitude)
-            redrawn |= {i: pair for (i, _, _), pair in zip(group, zip(crops, pictures))}
+            audio = select(features, torch.tensor([numbers]))[0]  # [B, F, D]
+            made = lipsync.redraw(net, person.refs, crops, points, audio, amplitude)
+            redrawn |= zip(numbers, zip(crops, made))
         for i, (t, frame) in batch:
             yield t, frame, *redrawn.get(i, (None, None))
 
 
 # ---- blend ---------------------------------------------------------------------------------------
 def face_outline(points):
-    """Points [K, 3] crop px -> the lower face's rim [21, 2], its chin lowered, its cheeks
-    narrower"""
-    jaw, mouth = points[faces.JAW, :2].copy(), points[faces.LIPS_OUTER, :2].mean(0)
+    """Points [K, 3] crop px -> the lower face's rim [21, 2], chin lowered, cheeks narrower"""
+    jaw = points[faces.JAW, :2].copy()
+    mouth = points[faces.LIPS_OUTER, :2].mean(0)
     below = jaw[:, 1] - mouth[1]
     jaw[:, 1] += CHIN_ROOM * (below / below.max()).clip(0, 1)
     jaw[:, 0] += CHEEK * (mouth[0] - jaw[:, 0])
@@ -294,39 +330,45 @@ def face_outline(points):
 def face_mask(outline):
     """Outline [n, 2] crop px -> uint8 [256, 256]: 255 on the lower face, soft at the rim, 0 above
     MASK_TOP."""
-    # half size: it is soft anyway
-    mask = np.zeros((faces.CROP_PX // 2, faces.CROP_PX // 2), np.uint8)
-    cv2.fillConvexPoly(mask, cv2.convexHull(np.round(outline / 2).astype(np.int32)), 255)
-    mask = cv2.resize(cv2.GaussianBlur(mask, (0, 0), FEATHER / 2), (faces.CROP_PX, faces.CROP_PX))
-    ramp = ((np.arange(faces.CROP_PX) - MASK_TOP) / RAMP).clip(0, 1).astype(np.float32)
-    return cv2.multiply(mask, np.repeat(ramp[:, None], faces.CROP_PX, 1), dtype=cv2.CV_8U)
+    half = CROP_PX // 2  # size: it is soft anyway
+    mask = np.zeros((half, half), np.uint8)
+    hull = cv2.convexHull(np.round(outline / 2).astype(np.int32))
+    cv2.fillConvexPoly(mask, hull, 255)
+    mask = cv2.GaussianBlur(mask, (0, 0), FEATHER / 2)
+    mask = cv2.resize(mask, (CROP_PX, CROP_PX))
+    rows = np.arange(CROP_PX, dtype=np.float32)
+    ramp = ((rows - MASK_TOP) / RAMP).clip(0, 1)
+    return cv2.multiply(mask, np.repeat(ramp[:, None], CROP_PX, 1), dtype=cv2.CV_8U)
 
 
 def match_colour(crop, picture, mask):
-    """The picture in the crop's colours: what they differ by at the mask's rim is spread
-    inwards."""
-    old, new, share = [cv2.resize(x, (TINT_PX, TINT_PX), interpolation=cv2.INTER_AREA)
-                       .astype(np.float32) for x in (crop, picture, mask)]
+    """The picture in the crop's colours: their difference at the mask's rim is spread inwards."""
+    size = (TINT_PX, TINT_PX)
+    old, new, share = [cv2.resize(plane, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+                       for plane in (crop, picture, mask)]
     step = old - new
-    rim = (share * (255 - share) / 255 ** 2)[..., None]
-    rim = rim * np.exp(-(step / TINT_TRUST) ** 2).min(2, keepdims=True)  # large: things moved
-    both = cv2.GaussianBlur(np.concatenate([step * rim, rim], 2), (0, 0), TINT_SIGMA)
-    tint = cv2.resize(both[..., :3] / (both[..., 3:] + 1e-3), (faces.CROP_PX, faces.CROP_PX))
+    trust = np.exp(-(step / TINT_TRUST) ** 2).min(2)  # a large step: things moved
+    rim = share * (255 - share) / 255 ** 2 * trust
+    total = cv2.GaussianBlur(step * rim[..., None], (0, 0), TINT_SIGMA)
+    weight = cv2.GaussianBlur(rim, (0, 0), TINT_SIGMA) + 1e-3
+    tint = cv2.resize(total / weight[..., None], (CROP_PX, CROP_PX))
     return cv2.add(picture, tint, dtype=cv2.CV_8U)  # rounds, and stays within 0..255
 
 
 def blend(frame, picture, affine, mask):
-    """A crop-sized picture put back where mask > 0 -> a new frame, bit-equal to the old
-    elsewhere."""
-    back, (x, y, w, h) = cv2.invertAffineTransform(affine), cv2.boundingRect(mask)
+    """A crop-sized picture put back where mask > 0 -> a new frame, bit-equal elsewhere."""
+    back = cv2.invertAffineTransform(affine)
+    x, y, w, h = cv2.boundingRect(mask)
     corners = np.float32([[x, y], [x + w, y], [x, y + h], [x + w, y + h]])
     corners = corners @ back[:, :2].T + back[:, 2]  # frame px
-    box = np.clip([corners.min(0) - 1, corners.max(0) + 2], 0, frame.shape[1::-1])
-    (x0, y0), (x1, y1) = box.astype(int).tolist()
+    H, W = frame.shape[:2]
+    x0, y0 = np.clip(corners.min(0) - 1, 0, [W, H]).astype(int).tolist()
+    x1, y1 = np.clip(corners.max(0) + 2, 0, [W, H]).astype(int).tolist()
     back[:, 2] -= (x0, y0)
-    size, result = (x1 - x0, y1 - y0), frame.copy()
+    size = (x1 - x0, y1 - y0)
     patch = cv2.warpAffine(picture, back, size, borderMode=cv2.BORDER_REPLICATE)
     share = cv2.warpAffine(mask, back, size).astype(np.float32) / 255
+    result = frame.copy()
     result[y0:y1, x0:x1] = cv2.blendLinear(patch, frame[y0:y1, x0:x1], share, 1 - share)
     return result
 
@@ -441,8 +483,8 @@ def measure_sync(crops, wave, features, networks):
     """
     if networks.sync is None:
         return {}
-    half = faces.CROP_PX // 2
-    nothing = np.zeros((half, faces.CROP_PX, 3), np.uint8)
+    half = CROP_PX // 2
+    nothing = np.zeros((half, CROP_PX, 3), np.uint8)
     mouths = np.stack([nothing if crop is None else crop[half:] for crop in crops])
     mel = lipsync.log_mel(wave[:SYNC_SECONDS * SAMPLE_RATE])
     sound = experts.sync_sound(networks.sync, mel, features[0])
@@ -457,15 +499,15 @@ def reference_sheet(track, net):
     """Each person's references as chosen, and below with the head pose of one frame (mouth as it
     was) -> uint8 [rows, R * 256, 3]"""
     rows = []
-    for person in {id(person): person for person in track.people if person}.values():
+    for person in track.persons():
         middle = person.frames[len(person.frames) // 2]
-        points = faces.place_points(person.points,
-                                    track.steady_points(middle)[None])  # [1, R, 2, K, 2]
-        refs = torch.from_numpy(person.refs).permute(0, 3, 1, 2)[None] / 255
+        landmarks = track.steady_points(middle)
+        points = faces.place_points(person.points, landmarks[None])  # [1, R, 2, K, 2]
         source, posed = torch.from_numpy(points).unbind(2)
-        moved = net.warp(refs, source, posed)[0]  # [R, 3, 256, 256]
-        moved = (moved * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        rows += [np.concatenate(list(person.refs), 1), np.concatenate(list(moved), 1)]
+        refs = torch.from_numpy(person.refs).permute(0, 3, 1, 2) / 255
+        moved = net.warp(refs[None], source, posed)[0]  # [R, 3, 256, 256]
+        moved = (moved * 255).round().byte().permute(0, 2, 3, 1)
+        rows += [np.hstack(person.refs), np.hstack(moved.numpy())]
     return np.concatenate(rows)
 
 
