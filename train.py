@@ -94,7 +94,7 @@ class TrainConfig:
     sync_weight: float = option(0.01, "sync loss")
     lip_weight: float = option(0.1, "lip-reading loss")
     perceptual_weight: float = option(0.01, "perceptual loss, sum over scales")
-    gan_weight: float = option(0.03, "adversarial loss")
+    gan_weight: float = option(0.004, "adversarial loss")
     sync_start: float = option(0.5, "share of the steps before sync and lip losses enter")
     gan_start: float = option(0.15, "share of the steps before the adversarial enters")
     gan: str = option("hinge", "form of the adversarial loss", losses.GAN_FORMS)
