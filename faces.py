@@ -80,8 +80,7 @@ def mirror_partners():
     return partners
 
 
-PARTNER = mirror_partners()
-MIRROR = kept([PARTNER.get(number, number) for number in KEPT_POINTS])  # [K]
+MIRROR = kept(map(mirror_partners().get, KEPT_POINTS, KEPT_POINTS))  # [K]
 # The RIGID points of MediaPipe's canonical face, cm, x + iy, y down.
 RIGID_TEMPLATE = np.array([-4.446 - 2.664j, -1.856 - 2.585j, 1.856 - 2.585j, 4.446 - 2.664j,
                            -3.271j, -2.473j, -1.728j, -1.059j, -0.366j, 0.463j])
@@ -256,7 +255,7 @@ def agrees(points, detections):
     low, high = nearest.box.reshape(2, 2)
     if not ((low < centre) & (centre < high)).all():
         return True  # the mesh follows a face that the detector misses
-    eyes = points[kept(RIGID_MESH[:4]), :2].reshape(2, 2, 2).mean(1)
+    eyes = points[RIGID[:4], :2].reshape(2, 2, 2).mean(1)
     mouth = points[MOUTH_CORNERS, :2].mean(0)
     apart = np.linalg.norm(np.r_[eyes - nearest.eyes, [mouth - nearest.mouth]], axis=1)
     return apart.mean() < 0.15 * size
@@ -292,22 +291,20 @@ def face_size(points):
     return float(np.ptp(points[:, :2], axis=0).max())
 
 
-def follow_face(tracks, face=None):
-    """One person of a shot: tracks, per frame a list of float32 [K, 3] -> float32 [T, K, 3].
+def follow_face(tracks):
+    """The largest person of a shot: tracks, per frame a list of float32 [K, 3] -> as spread_out.
 
-    Frames without the person are NaN. Faces are linked to the nearest centre of the frame before.
-    Of the people seen more than half as long as the longest-seen the largest is taken, or with
-    face=N the N-th from left to right (BadInput if there is none)."""
+    Faces are linked to the nearest centre of the frame before. Only people seen more than half as
+    long as the longest-seen count."""
     people = group_people(tracks)
-    if face is not None:
-        if not 0 <= face < len(people):
-            raise BadInput(f"face {face}: there are {len(people)} faces (from 0, left to right)")
-        people = [people[face]]
-    landmarks = np.full((len(tracks), K, 3), np.nan, np.float32)
-    if people:
-        person = max(people, key=person_size)
-        for t, points in person:
-            landmarks[t] = points
+    return spread_out(max(people, key=person_size, default=[]), len(tracks))
+
+
+def spread_out(person, T):
+    """List of (t, points [K, 3]) -> float32 [T, K, 3], NaN where the person is absent"""
+    landmarks = np.full((T, K, 3), np.nan, np.float32)
+    for t, points in person:
+        landmarks[t] = points
     return landmarks
 
 

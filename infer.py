@@ -124,12 +124,14 @@ def watch(video, limit, face, count, progress):
             raise BadInput(f"{video}: {faces.LYING}")
         raise BadInput(f"{video}: no face in any of its {T} frames, or never the whole of its "
                        "lower half")
+    chosen = []  # of each person [R] frame numbers
     for person in track.persons():
         some = np.array(person.frames)
-        chosen = some[faces.select_references(track.points[some], count)]
-        pictures = media.frames_at(video, chosen.tolist())
-        person.refs = np.stack([faces.crop(pictures[t], track.affines[t]) for t in chosen])
-        person.points = track.points[chosen]
+        chosen.append(some[faces.select_references(track.points[some], count)])
+    pictures = media.frames_at(video, np.concatenate(chosen).tolist())
+    for person, numbers in zip(track.persons(), chosen):
+        person.refs = np.stack([faces.crop(pictures[t], track.affines[t]) for t in numbers])
+        person.points = track.points[numbers]
     return track
 
 
@@ -164,15 +166,13 @@ def finish_shot(tracks, looks, lying, face, shape):
     people = faces.group_people(tracks)
     if face is None:
         fit = [person for person in people if np.mean(inside(person, shape)) > 0.5]
-        chosen = sorted(fit or people, key=faces.person_size)[-1:]
+        person = max(fit or people, key=faces.person_size, default=[])
     else:
-        chosen = people[face:face + 1]
-    points = np.full((len(tracks), faces.K, 3), np.nan, np.float32)
+        person = (people[face:face + 1] or [[]])[0]
+    points = faces.spread_out(person, len(tracks))
     whole = np.zeros(len(tracks), bool)
-    for person in chosen:
-        times, places = zip(*person)
-        points[list(times)] = places
-        whole[list(times)] = inside(person, shape)
+    if person:
+        whole[[t for t, _ in person]] = inside(person, shape)
     pictures = [picture for t, there, picture in looks if np.array_equal(there, points[t])]
     look = np.median(pictures, 0) if pictures else None
     return Shot(points, whole, lying, look, len(people))

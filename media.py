@@ -1,5 +1,4 @@
-"""S11: whatever ffmpeg can read, as frames at 25 a second and mono sound at 16 kHz; and back into a
-file.
+"""S11: what ffmpeg reads, as frames at 25 a second and mono sound at 16 kHz; and back into a file.
 
     stage        | code                                              | patent
     ask          | probe, ffmpeg_reader                              | -
@@ -42,7 +41,7 @@ MOST_PICTURE_BYTES = 1 << 28  # a longer file is no picture
 EXACT = "accurate_rnd+full_chroma_int+bicubic"  # swscale's default truncates: a level too dark
 # A time over ten minutes after the last one is damage: filling the gap would take hours.
 NO_JUMP = "select='not(gt(t-if(isnan(prev_selected_t),0,prev_selected_t),600))'"
-# also where tags are left out
+# The tags are set, since some files leave them out.
 HDR_TO_BT709 = ("setparams=colorspace=bt2020nc:color_primaries=bt2020,"
                 "zscale=transfer=linear:npl=203,format=gbrpf32le,zscale=primaries=bt709,"
                 "tonemap=clip,zscale=transfer=bt709:matrix=bt709:range=tv,format=yuv420p")
@@ -174,8 +173,7 @@ def picture_filters(info, fps):
 
 
 def read_frames(path, fps=FPS):
-    """Frames of a video (or the one of a picture) at a constant rate -> iterator of uint8 RGB [H,
-    W, 3].
+    """Frames of a video (or the one of a picture) at a constant rate -> uint8 RGB [H, W, 3] each.
 
     Frame i shows time i / fps (seconds) on the clock of read_audio. Rotation flags and non-square
     pixels are undone, interlaced video is deinterlaced, HDR is tone-mapped to BT.709, transparency
@@ -220,17 +218,16 @@ def fit(frame, height, width):
 
 
 def read_picture(path):
-    """A still picture's file -> uint8 RGB [H, W, 3], turned as its EXIF says; None if OpenCV
-    cannot."""
+    """A still picture's file -> uint8 RGB [H, W, 3], turned as its EXIF says, or None."""
     content = np.fromfile(path, np.uint8, MOST_PICTURE_BYTES)
     if len(content) == 0:
         return None
     if b"ANIM" in content[:64].tobytes():
         tqdm.write(f"{path}: animated, only its first picture is used", file=sys.stderr)
     picture = cv2.imdecode(content, cv2.IMREAD_COLOR)
-    whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if picture is None:
         return None
+    whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if whole is not None and whole.ndim == 3 and whole.shape[2] == 4:  # on black
         alpha = whole[..., 3:] / np.float32(np.iinfo(whole.dtype).max)
         picture = (picture * alpha).round().astype(np.uint8)
@@ -270,9 +267,8 @@ class VideoWriter:
                  like=None, lossless=False):
         self.path = Path(os.path.realpath(path))  # a link is written through
         self.sound, self.fps, self.seconds = sound, fps, seconds
-        self.part = self.path.with_name(
-            f".{hash_of(self.path.name):x}.{os.getpid()}{self.path.suffix}"
-        )
+        name = f".{hash_of(self.path.name):x}.{os.getpid()}{self.path.suffix}"
+        self.part = self.path.with_name(name)
         self.process = None
         matrix = written_matrix(like)
         self.codec = ["-c:v", "libx264", "-crf", str(crf), "-preset", preset, "-pix_fmt", "yuv420p",
