@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import data
 import faces
+import lipsync
 from lipsync import MEL_PER_FRAME, N_MELS, SAMPLE_RATE, BadInput, audio_window, log_mel
 
 
@@ -389,6 +390,29 @@ def lower_halves(clip, frames):
     """Half-size lower halves, what the experts see: uint8 RGB [n, 3, 64, 128]"""
     pictures = np.stack([clip.frame(i, half=True)[64:] for i in frames])
     return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
+
+
+def clip_points(clip, config):
+    """-> reference numbers [R], and what LipSync takes as points, float32 [T, R, 2, K, 2]"""
+    refs = faces.select_references(clip.landmarks, config.refs)
+    return refs, faces.place_points(clip.landmarks[refs], clip.landmarks)
+
+
+def clip_audio(net, clip, features):
+    """features [L, D] -> what each frame hears [T, F, D]"""
+    select = lipsync.AudioSelector(net.config)
+    return select(features[None])[0, :len(clip)]
+
+
+def predict_landmarks(net, clip, features, amplitude=1.0):
+    """A clip's landmarks with the lips and jaw that its sound asks for; features [L, D], on the
+    network's device -> [T, K, 3] crop px"""
+    _, points = clip_points(clip, net.config)
+    points = torch.from_numpy(points).to(features.device)
+    lips = net.predict_lips(clip_audio(net, clip, features), amplitude, points)
+    landmarks = clip.landmarks.copy()
+    landmarks[:, faces.MOUTH, :2] = lips.float().cpu().numpy() * faces.CROP_PX
+    return landmarks
 
 
 class SyncDataset(ClipDataset):

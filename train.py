@@ -266,9 +266,9 @@ def prepare_features(run, noisy=False):
         return
     jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in {False, noisy}]
     jobs = jobs[run.rank::run.world]  # shared out before anyone writes: no clip falls between two
-    jobs = [job
-            for job in jobs if not sampling.feature_path(job[0], run.features, job[1]).is_file()]
-    for path, noise in tqdm(jobs, desc="audio features", unit="clip", disable=not jobs):
+    targets = [sampling.feature_path(path, run.features, noise) for path, noise in jobs]
+    jobs = [(*job, target) for job, target in zip(jobs, targets) if not target.is_file()]
+    for path, noise, target in tqdm(jobs, desc="audio features", unit="clip", disable=not jobs):
         clip = data.load_or_skip(path)
         if clip is None:
             continue
@@ -278,7 +278,6 @@ def prepare_features(run, noisy=False):
             wave = sampling.corrupt_sound(wave, rng)
         features = run.audio_encoder(torch.from_numpy(wave)[None].to(run.device))[0]  # [L, D]
         features = features[torch.arange(len(clip)).clamp(max=len(features) - 1)]  # [T, D]
-        target = sampling.feature_path(path, run.features, noise)
         part = target.with_name(f".{os.getpid()}.{target.name}")
         np.save(part, features.half().cpu().numpy())
         os.replace(part, target)
@@ -353,7 +352,7 @@ def train_sync(run):
     keeper = Keeper(run, "sync", parts, config.sync_steps, batch_size * experts.GROUP,
                     {"kind": "sync", "config": net.config}, run.clips)
     dataset = sampling.SyncDataset(run.clips, run.net_config, experts.GROUP, config.seed,
-                               features=run.features, sync_audio=run.sync_audio)
+                                   features=run.features, sync_audio=run.sync_audio)
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, batch_size)):
         with lipsync.autocast(run.device):
             pictures = batch["pictures"].float() / 255  # [B, S, 3, 64, 128]
@@ -393,8 +392,8 @@ def train_lip(run):
     parts = dict(net=net, optimizer=optimizer, scheduler=scheduler)
     keeper = Keeper(run, "lip", parts, config.lip_steps, config.batch * data.CLIP_FRAMES,
                     {"kind": "lip", "config": net.config}, infos)
-    dataset, view = sampling.SentenceDataset(infos,
-                                             config.seed), experts.VIEW_PX[config.expert_size]
+    dataset = sampling.SentenceDataset(infos, config.seed)
+    view = experts.VIEW_PX[config.expert_size]
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):
         with lipsync.autocast(run.device):
             video = experts.mouth_view(batch["video"].float() / 255, view)  # [B, T, 3, h, w]
@@ -429,7 +428,7 @@ def train_mouth(run):
             print(f"videos whose sound is moved to the lips, by frames: {counts}")
         wait_for_all(run.world)
     samples = sampling.MouthSamples(run.clips, run.net_config, run.features, config.seed,
-                                read_offsets(run))
+                                    read_offsets(run))
     net, encoder, parts = build_mouth(run, config.mouth_steps)
     keeper = Keeper(run, "mouth", parts, config.mouth_steps, 10 * config.mouth_batch,
                     {"kind": "mouth", "config": dataclasses.asdict(run.net_config)})
@@ -510,26 +509,18 @@ def find_offsets(run, net, encoder):
 
 def predict_clip(run, net, encoder, clip, info):
     """A clip's landmarks with the lips and jaw that its sound asks for -> [T, K, 3] crop px"""
-    refs = faces.select_references(clip.landmarks, run.net_config.refs)
-    points = faces.place_points(clip.landmarks[refs], clip.landmarks)
-    points = torch.from_numpy(points).to(run.device)  # [T, R, 2, K, 2]
     if run.features:
         sound = np.load(sampling.feature_path(info.path, run.features))
         features = torch.from_numpy(sound).float().to(run.device)
     else:
         features = encoder.encode_mel(torch.from_numpy(clip.mel[None]).float().to(run.device))[0]
-    audio = lipsync.AudioSelector(run.net_config)(features[None])[0]  # [T, F, D]
-    lips = net.predict_lips(audio[:len(clip)], 1.0, points)
-    landmarks = clip.landmarks.copy()
-    landmarks[:, faces.MOUTH, :2] = lips.cpu().numpy() * faces.CROP_PX
-    return landmarks
+    return sampling.predict_landmarks(net, clip, features)
 
 
 # ---------------------------------------------------------------- the generator
 def train_generator(run):
     """loss = w_r rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts and sound frozen
-    (S3).
-    -> False if stopped early"""
+    (S3). -> False if stopped early"""
     from bench import progress  # to look at, not in the patent: a room of its own
     config = run.config
     prepare_features(run)
@@ -554,8 +545,9 @@ def train_generator(run):
     sync_audio = judges.sync.config["audio"] if judges.sync else run.sync_audio
     spread = round(config.sync_start * config.steps) * config.batch * run.world
     dataset = sampling.ClipDataset(run.clips, run.net_config, config.group, config.seed,
-                               config.amplitude_share, config.random_refs, features=run.features,
-                               sync_audio=sync_audio, spread=spread, offsets=read_offsets(run))
+                                   config.amplitude_share, config.random_refs,
+                                   features=run.features, sync_audio=sync_audio, spread=spread,
+                                   offsets=read_offsets(run))
     forward = torch.compile(net) if config.compile else net
     micro = config.micro or config.batch
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):

@@ -46,18 +46,6 @@ COLUMNS = {
 
 
 # ---------------------------------------------------------------- one clip, drawn again
-def clip_points(clip, config):
-    """-> reference numbers [R], points float32 [T, R, 2, K, 2]"""
-    refs = faces.select_references(clip.landmarks, config.refs)
-    return refs, faces.place_points(clip.landmarks[refs], clip.landmarks)
-
-
-def clip_audio(net, clip, features):
-    """features [L, D] -> what each frame hears [T, F, D]"""
-    select = lipsync.AudioSelector(net.config)
-    return select(features[None])[0, :len(clip)]
-
-
 def clip_frames(clip):
     """-> uint8 [T, 256, 256, 3]"""
     return np.stack([clip.frame(i) for i in range(len(clip))])
@@ -65,8 +53,8 @@ def clip_frames(clip):
 
 def redraw_clip(net, clip, features, amplitude=1.0):
     """A clip redrawn from its own upper halves and `features` [L, D] -> uint8 [T, 256, 256, 3]"""
-    refs, points = clip_points(clip, net.config)
-    audio, crops = clip_audio(net, clip, features), clip_frames(clip)
+    refs, points = sampling.clip_points(clip, net.config)
+    audio, crops = sampling.clip_audio(net, clip, features), clip_frames(clip)
     made = []
     for start in range(0, len(clip), BATCH):
         now = slice(start, start + BATCH)
@@ -78,11 +66,7 @@ def redraw_clip(net, clip, features, amplitude=1.0):
 @torch.inference_mode()
 def predict_shapes(net, clip, features, amplitude=1.0):
     """What the sound alone asks for -> landmarks [T, K, 3] crop px, their mouth_shape [T, 3]"""
-    _, points = clip_points(clip, net.config)
-    audio = clip_audio(net, clip, features)
-    lips = net.predict_lips(audio, amplitude, torch.from_numpy(points))
-    landmarks = clip.landmarks.copy()
-    landmarks[:, faces.MOUTH, :2] = lips.float().numpy() * faces.CROP_PX
+    landmarks = sampling.predict_landmarks(net, clip, features, amplitude)
     return landmarks, faces.mouth_shape(landmarks)
 
 
@@ -90,9 +74,9 @@ def predict_shapes(net, clip, features, amplitude=1.0):
 def warp_reference(net, clip, features, at):
     """The last reference as the network sees it at frames `at` [n], with each frame's head pose
     and predicted lips -> uint8 [n, 256, 256, 3]"""
-    refs, points = clip_points(clip, net.config)
+    refs, points = sampling.clip_points(clip, net.config)
     points = torch.from_numpy(points[at])  # [n, R, 2, K, 2]
-    audio = clip_audio(net, clip, features)[at]
+    audio = sampling.clip_audio(net, clip, features)[at]
     lips = net.predict_lips(audio, 1.0, points)
     crop = torch.from_numpy(clip.frame(refs[-1]).copy())
     picture = crop.permute(2, 0, 1).float() / 255  # [3, 256, 256]
@@ -113,7 +97,7 @@ def save_strip(png, net, clip, features, made):
     """
     at = np.linspace(0, len(clip) - 1, MOMENTS).round().astype(int)
     true = clip_frames(clip)
-    refs, _ = clip_points(clip, net.config)
+    refs, _ = sampling.clip_points(clip, net.config)
     rows = [true[[number] * MOMENTS] for number in (refs[0], refs[-1])]
     if net.lip_head is not None:
         rows.append(warp_reference(net, clip, features, at))
@@ -180,7 +164,7 @@ def measure_lips(net, clip, features, silent):
     for amplitude in (0.5, 1.5):
         _, shapes = predict_shapes(net, clip, features, amplitude)
         row[f"amp_{amplitude}"] = shapes[:, 0].mean() / max(row["opening"], 0.1)
-    _, points = clip_points(clip, net.config)
+    _, points = sampling.clip_points(clip, net.config)
     here, posed = points[:, 0, 0], points[:, 0, 1]  # [T, K, 2]
     row["jaw"] = point_error(here * faces.CROP_PX, true, faces.JAW)
     row["jaw_posed"] = point_error(posed * faces.CROP_PX, true, faces.JAW)
@@ -436,7 +420,7 @@ def clip_rows(networks, clip, tracker, strip):
     true, made = clip_frames(clip), redraw_clip(net, clip, features)
     if strip:
         save_strip(strip, net, clip, features, made)
-    refs, _ = clip_points(clip, net.config)
+    refs, _ = sampling.clip_points(clip, net.config)
     copy = true.copy()
     copy[:, HALF:] = true[refs[len(refs) // 2], HALF:]
     pictures = dict(model=made, copy=copy, silence=redraw_clip(net, clip, silent), real=true)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 import data
-import faces
 import lipsync
+import sampling
 
 WIDTH, HEIGHT = 480, 200  # of a panel, px
 
@@ -55,14 +55,13 @@ def save_samples(run, net, encoder, step, rows=6):
         clip = data.load_or_skip(info.path)
         if clip is None:
             continue
-        refs = faces.select_references(clip.landmarks, run.net_config.refs)
+        refs, points = sampling.clip_points(clip, run.net_config)
         middle = len(clip) // 2
         pictures = np.stack([clip.frame(i) for i in [*refs, middle]])
-        points = faces.place_points(clip.landmarks[refs], clip.landmarks[[middle]])
         sound = torch.from_numpy(clip.sound())[None].to(run.device)
-        audio = lipsync.AudioSelector(run.net_config)(encoder(sound))[:, middle]  # [1, F, D]
+        audio = sampling.clip_audio(net, clip, encoder(sound)[0])[[middle]]  # [1, F, D]
         with lipsync.autocast(run.device):
-            made = lipsync.redraw(net, pictures[:-1], pictures[-1:], points, audio)
+            made = lipsync.redraw(net, pictures[:-1], pictures[-1:], points[[middle]], audio)
         sheet.append(np.concatenate([pictures[0], pictures[-2], made[0], pictures[-1]], 1))
     if not sheet:  # every one of them is broken, which load_or_skip said
         return
