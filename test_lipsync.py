@@ -181,8 +181,9 @@ def test_long_sound_is_encoded_in_windows_whose_seams_are_blended():
     lipsync.in_windows(lambda piece: (lengths.append(len(piece)), plain(piece))[1], wave)
     assert max(lengths) == 30 * 16000
     stepped = iter(range(100))
-    ramp = lipsync.in_windows(lambda piece: torch.full((len(piece) // 640, 1),
-                                                       float(next(stepped))), wave)
+    ramp = lipsync.in_windows(
+        lambda piece: torch.full((len(piece) // 640, 1), float(next(stepped))), wave
+    )
     # window 0 fades into window 1: never a step
     assert (ramp[1:] - ramp[:-1]).abs().max() < 0.01
 
@@ -291,8 +292,11 @@ def test_amplitude_is_not_normalised_away_and_a_batch_equals_a_loop():
         net, (refs, masked, audio) = LipSync(config).eval(), inputs(config)
         with torch.no_grad():
             outputs = {a: net(refs, masked, audio, a) for a in (0.5, 1.0, 1.5)}
-            assert (outputs[0.5] - outputs[1.0]).abs().max() > 1e-5 < (outputs[1.5]
-                                                                       - outputs[1.0]).abs().max()
+            assert (
+                (outputs[0.5] - outputs[1.0]).abs().max()
+                > 1e-5
+                < (outputs[1.5] - outputs[1.0]).abs().max()
+            )
             both = net(refs, masked, audio, torch.tensor([0.5, 1.5]))
         assert torch.allclose(both, torch.stack([outputs[0.5][0], outputs[1.5][1]]), atol=1e-5)
 
@@ -404,8 +408,11 @@ def test_a_turned_picture_comes_back_upright():
     source = (upright - 0.5) @ turn + 0.5
     back = lipsync.ReferenceWarp()(turned[None], source, upright)[0]
     inner = (slice(None), slice(None), slice(140, 200), slice(60, 196))
-    assert (back[inner] - smooth[inner]).abs().mean() < 0.015 < (turned[inner]
-                                                                 - smooth[inner]).abs().mean() / 3
+    assert (
+        (back[inner] - smooth[inner]).abs().mean()
+        < 0.015
+        < (turned[inner] - smooth[inner]).abs().mean() / 3
+    )
 
 
 def test_gradients_reach_the_lips_through_the_warp():
@@ -455,8 +462,10 @@ def test_the_network_draws_the_lips_that_it_predicts_and_obeys_given_ones():
     net, (refs, masked, audio, amplitude, points) = LipSync(CONV).eval(), moving(CONV)
     with torch.no_grad():
         lips = net.predict_lips(audio, amplitude, points)
-        plain, given = net(refs, masked, audio, amplitude, points), net(refs, masked, audio,
-                                                                        amplitude, points, lips)
+        plain, given = (
+            net(refs, masked, audio, amplitude, points),
+            net(refs, masked, audio, amplitude, points, lips),
+        )
         other = net(refs, masked, audio, amplitude, points, lips + 0.1)
         still = net(refs, masked, audio, amplitude)
     assert torch.equal(plain, given)
@@ -643,9 +652,11 @@ def test_sync_loss_averages_rows_with_labels_of_their_own():
 
 
 def test_sync_loss_stays_finite_for_zero_equal_and_orthogonal_embeddings():
-    zero, one, other = torch.zeros(2,
-                                   3), torch.tensor([[1.0, 0, 0]] * 2), torch.tensor([[0, 1.0, 0]]
-                                                                                     * 2)
+    zero, one, other = (
+        torch.zeros(2, 3),
+        torch.tensor([[1.0, 0, 0]] * 2),
+        torch.tensor([[0, 1.0, 0]] * 2),
+    )
     for audio, video, label in ((zero, one, 1), (zero, zero, 1), (one, one, 0), (one, other, 1),
                                 (one, one, 1)):
         video = video.clone().requires_grad_()
@@ -686,8 +697,9 @@ def test_sync_loss_refuses_negative_embeddings_and_other_widths():
 
 def test_lip_reading_loss_of_a_clueless_reader_is_log_of_the_vocabulary():
     logits, tokens = torch.zeros(2, 4, 7), torch.tensor([[1, 2, 3, 6], [4, 6, 6, 6]])
-    assert losses.lip_reading_loss(logits, tokens, pad=6).item() == pytest.approx(math.log(7),
-                                                                                  abs=1e-6)
+    assert losses.lip_reading_loss(logits, tokens, pad=6).item() == pytest.approx(
+        math.log(7), abs=1e-6
+    )
 
 
 def test_lip_reading_loss_weighs_tokens_alike_and_ignores_padding():
@@ -695,9 +707,9 @@ def test_lip_reading_loss_weighs_tokens_alike_and_ignores_padding():
     logits[0, :, :] = 0
     logits[1, 0, 3] = math.log(4)                 # P = 4 / (4 + 4) = 1/2
     logits[1, 1:] = torch.randn(2, 5) * 100       # padding: anything
-    assert losses.lip_reading_loss(logits, tokens,
-                                   pad=4).item() == pytest.approx((3 * math.log(5) + math.log(2))
-                                                                  / 4, abs=1e-5)
+    assert losses.lip_reading_loss(logits, tokens, pad=4).item() == pytest.approx(
+        (3 * math.log(5) + math.log(2)) / 4, abs=1e-5
+    )
 
 
 def test_lip_reading_loss_without_any_token_is_zero():
@@ -739,8 +751,10 @@ def test_perceptual_loss_equals_the_patents_sum_over_w_h_c():
 def test_perceptual_loss_is_frozen_and_its_gradient_reaches_the_output_only():
     net = losses.PerceptualLoss("random", layers=(1, 6)).train()
     assert not any(module.training for module in net.modules())
-    output, target = torch.rand(1, 3, 64, 64, requires_grad=True), torch.rand(1, 3, 64, 64,
-                                                                              requires_grad=True)
+    output, target = (
+        torch.rand(1, 3, 64, 64, requires_grad=True),
+        torch.rand(1, 3, 64, 64, requires_grad=True),
+    )
     net(output, target).backward()
     assert output.grad.abs().sum() > 0
     assert target.grad is None
@@ -749,8 +763,10 @@ def test_perceptual_loss_is_frozen_and_its_gradient_reaches_the_output_only():
 
 def test_random_vgg_is_the_same_everywhere_and_leaves_the_random_state_alone():
     state = torch.get_rng_state()
-    first, second = losses.PerceptualLoss("random", layers=(1,)), losses.PerceptualLoss("random",
-                                                                                        layers=(1,))
+    first, second = (
+        losses.PerceptualLoss("random", layers=(1,)),
+        losses.PerceptualLoss("random", layers=(1,)),
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.vgg[0].weight, second.vgg[0].weight)
 
@@ -796,16 +812,18 @@ def test_discriminator_layers_have_spectral_norm_one():
 
 
 def test_gan_losses_equal_the_patents_logs_where_those_are_finite():
-    real, fake = [torch.randn(2, 1, 3, 4), torch.randn(2, 1, 2, 2)], [torch.randn(2, 1, 3, 4),
-                                                                      torch.randn(2, 1, 2, 2)]
+    real, fake = (
+        [torch.randn(2, 1, 3, 4), torch.randn(2, 1, 2, 2)],
+        [torch.randn(2, 1, 3, 4), torch.randn(2, 1, 2, 2)],
+    )
     D = torch.sigmoid
     disc = sum((1 - D(f)).log().mean() + D(r).log().mean() for r, f in zip(real, fake)) / 2
     gen = sum((1 - D(f)).log().mean() for f in fake) / 2
     assert losses.discriminator_loss(real, fake).item() == pytest.approx(-disc.item(), rel=1e-5)
     assert losses.generator_loss(fake, "patent").item() == pytest.approx(gen.item(), rel=1e-5)
-    assert losses.generator_loss(fake).item() == pytest.approx(-sum(D(f).log().mean()
-                                                                    for f in fake).item() / 2,
-                                                               rel=1e-5)
+    assert losses.generator_loss(fake).item() == pytest.approx(
+        -sum(D(f).log().mean() for f in fake).item() / 2, rel=1e-5
+    )
 
 
 def test_gan_losses_stay_finite_where_the_patents_logs_do_not():
@@ -829,8 +847,9 @@ def test_mouth_loss_is_the_distance_in_mouth_widths_with_lips_counting_three_tim
     lips[0, :40] = torch.tensor([0.03, 0.04])     # 0.05 picture widths off, a quarter of a mouth's
     jaw[0, 40:] = torch.tensor([0.03, 0.04])
     width = torch.tensor([0.2])
-    assert losses.mouth_loss(lips, target, width).item() == pytest.approx(0.25 * 120 / 141,
-                                                                          rel=1e-5)
+    assert losses.mouth_loss(lips, target, width).item() == pytest.approx(
+        0.25 * 120 / 141, rel=1e-5
+    )
     assert losses.mouth_loss(jaw, target, width).item() == pytest.approx(0.25 * 21 / 141, rel=1e-5)
 
 
@@ -916,10 +935,9 @@ class Twins(torch.nn.Module):
 def test_measure_offset_reports_late_sound_as_positive():
     pictures = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(60, 3, 4, 8)
     for late in (-3, 0, 6):
-        result = experts.measure_offset(Twins(), pictures,
-                                        (torch.arange(62.0) - late).clamp(0, 255)[:,
-                                                                                  None].expand(62,
-                                                                                               2))
+        result = experts.measure_offset(
+            Twins(), pictures, (torch.arange(62.0) - late).clamp(0, 255)[:, None].expand(62, 2)
+        )
         assert result["offset"] == late and result["distance"] == pytest.approx(0, abs=1e-3)
         assert result["confidence"] == pytest.approx(2**0.5, abs=1e-3)
         assert len(result["curve"]) == 31
@@ -957,9 +975,11 @@ def test_an_opening_that_follows_the_voice_correlates_with_it_and_rests_in_pause
 
 
 def test_a_still_mouth_follows_no_voice_and_silence_is_no_number_but_valid_json():
-    wave = np.random.default_rng(0).normal(size=640
-                                           * 50).astype(np.float32) * np.repeat(np.arange(50) % 10,
-                                                                                640) / 10
+    wave = (
+        np.random.default_rng(0).normal(size=640 * 50).astype(np.float32)
+        * np.repeat(np.arange(50) % 10, 640)
+        / 10
+    )
     found = np.ones(50, bool)
     # 0.985 with zeros beyond the ends
     assert experts.measure_opening(np.full(50, 7.0), wave, found)["r_loudness"] == 0
@@ -1316,8 +1336,10 @@ def test_odd_videos_are_prepared_and_useless_ones_refused_with_their_reason(demo
     (tmp_path / "cut.mp4").write_bytes(source.read_bytes()[:30_000])
     report = data.prepare(tmp_path)
     kept = sorted(info.source for info in data.list_clips(tmp_path))
-    assert [pathlib.Path(k).name for k in kept if "rotated" not in k] == ["odd size.avi",
-                                                                          "fast %d.mkv"]
+    assert [pathlib.Path(k).name for k in kept if "rotated" not in k] == [
+        "odd size.avi",
+        "fast %d.mkv",
+    ]
     refused = report["refused"]
     assert (
         refused["no sound track"]
@@ -1401,9 +1423,10 @@ def test_references_are_the_most_closed_mouth_then_open_spread_and_rounded_ones(
     opening[20:25], opening[40:45], width[60:65], width[80:85] = 0, 25, 20, -20
     points = face(opening, width, 100)
     chosen = faces.select_references(points, 4)
-    assert [int(frame) // 20 for frame in chosen] == [1,
-                                                      *sorted({2, 3, 4},
-                                                              key=[*chosen[1:] // 20].index)]
+    assert [int(frame) // 20 for frame in chosen] == [
+        1,
+        *sorted({2, 3, 4}, key=[*chosen[1:] // 20].index),
+    ]
     assert np.array_equal(chosen, faces.select_references(points, 4))
     for seed in range(30):
         some = faces.select_references(points, 3, exclude=np.arange(44, 56),
@@ -1518,8 +1541,9 @@ def test_the_mouth_stages_target_is_the_true_mouth_scaled_about_the_closed_one(p
                      np.random.default_rng(0))
     closed, a = row["points"][:, 0, 1, faces.MOUTH], row["amplitude"][:, None, None]
     true = closed + (row["lips"] - closed) / a
-    everything = np.concatenate([clip.landmarks, sampling.mirror(clip.landmarks)])[:, faces.MOUTH,
-                                                                                   :2] / 256
+    everything = (
+        np.concatenate([clip.landmarks, sampling.mirror(clip.landmarks)])[:, faces.MOUTH, :2] / 256
+    )
     nearest = np.abs(everything[None] - true[:, None]).max((2, 3)).min(1)
     assert nearest.max() < 1e-4 and not np.allclose(a, 1)
 
@@ -2119,8 +2143,11 @@ def test_curves_are_a_panel_for_each_loss_two_in_a_row_and_none_without_a_log(tm
         "stage,step,total,sync,lr\nsync,20,3,1,1\nsync,40,2,1,1\nmouth,20,5,,1\n"
     )
     progress.draw_curves(tmp_path)
-    assert cv2.imread(str(tmp_path / "curves.png")).shape == (2 * progress.HEIGHT,
-                                                              2 * progress.WIDTH, 3)
+    assert cv2.imread(str(tmp_path / "curves.png")).shape == (
+        2 * progress.HEIGHT,
+        2 * progress.WIDTH,
+        3,
+    )
 
 
 def test_weights_are_the_last_that_were_learned_in_half_the_size(trained):
@@ -2270,8 +2297,8 @@ def test_teeth_that_change_their_look_vary_and_teeth_that_only_move_do_not():
     points = np.zeros((10, faces.K, 3), np.float32)
     pictures = np.zeros((10, 256, 256, 3), np.uint8)
     for t in range(10):
-        points[t, faces.LIPS_INNER[0]], points[t, faces.LIPS_INNER[1:]] = (100 + t, 150,
-                                                                           0), (140 + t, 170, 0)
+        points[t, faces.LIPS_INNER[0]] = 100 + t, 150, 0
+        points[t, faces.LIPS_INNER[1:]] = 140 + t, 170, 0
         # the upper half of the mouth is white
         pictures[t, 150:160, 100 + t:141 + t] = 200
     still = evaluate.teeth_variation(pictures, points)
@@ -2311,15 +2338,16 @@ def test_the_parts_that_are_timed_draw_together_what_the_network_draws(warp):
 def test_a_reference_warped_to_its_own_lips_stays_and_to_another_frames_lips_comes_nearer_it(
         networks, prepared, monkeypatch):
     clip = data.load_clip(data.list_clips(prepared)[0].path)
-    refs, points = evaluate.clip_points(clip, networks.config)
+    refs, points = sampling.clip_points(clip, networks.config)
     at, features = np.array([refs[-1], refs[0]]), torch.zeros(len(clip), networks.config.audio_dim)
     last, first = (clip.frame(i).astype(int)[150:210, 80:176] for i in at)
 
     def warped(lips):
         monkeypatch.setattr(networks.net, "predict_lips", lambda audio, amplitude,
                             points: torch.from_numpy(lips))
-        return evaluate.warp_reference(networks.net, clip, features, at).astype(int)[:, 150:210,
-                                                                                     80:176]
+        return evaluate.warp_reference(networks.net, clip, features, at).astype(int)[
+            :, 150:210, 80:176
+        ]
     own, moved = warped(clip.landmarks[at][:, faces.MOUTH, :2] / faces.CROP_PX)
     # the last reference's own lips, with the frame's head pose
     _, posed = warped(points[at, -1, 1][:, faces.MOUTH])
@@ -2336,7 +2364,7 @@ def test_the_strips_rows_are_two_references_the_warped_one_the_output_and_the_tr
                         torch.zeros(len(clip), networks.config.audio_dim), 255 - true)
     sheet = cv2.imread(str(tmp_path / "strip.png"))[..., ::-1]
     closed, last, warped, made, truth_ = (sheet[256 * i:][:256] for i in range(5))
-    refs, _ = evaluate.clip_points(clip, networks.config)
+    refs, _ = sampling.clip_points(clip, networks.config)
     assert sheet.shape == (5 * 256, 10 * 256, 3)
     assert (made == 255 - truth_).all()
     assert (truth_[:, -256:] == true[-1]).all()
@@ -2349,9 +2377,14 @@ def test_each_video_of_a_folder_is_measured_once_before_any_twice():
     infos = [data.ClipInfo(pathlib.Path(f"{source}_{n}"), source, "", 50)
              for source in ("a/1", "a/2", "b/3") for n in range(3)]
     assert [str(info.path) for info in evaluate.choose_clips(infos, 1)] == ["a/1_0", "b/3_0"]
-    assert [str(info.path) for info in evaluate.choose_clips(infos, 3)] == ["a/1_0", "a/2_0",
-                                                                            "a/1_1", "b/3_0",
-                                                                            "b/3_1", "b/3_2"]
+    assert [str(info.path) for info in evaluate.choose_clips(infos, 3)] == [
+        "a/1_0",
+        "a/2_0",
+        "a/1_1",
+        "b/3_0",
+        "b/3_1",
+        "b/3_2",
+    ]
 
 
 # ---------------------------------------------------------------- dubbing
@@ -2503,8 +2536,9 @@ def test_bad_input_names_the_fault_in_one_line_and_leaves_no_file(case, dubbing,
     audio = {"audio_missing": tmp_path / "no.wav", "audio_silentvideo": odd}.get(case, audio)
     weights = {"weights_missing": tmp_path / "no.pt", "weights_foreign": odd,
                "weights_code": odd}.get(case, weights)
-    out = {"out_folder": tmp_path / "no" / "out.mp4", "out_suffix": tmp_path / "out.txt"}.get(case,
-                                                                                              out)
+    out = {"out_folder": tmp_path / "no" / "out.mp4", "out_suffix": tmp_path / "out.txt"}.get(
+        case, out
+    )
     more = {"amplitude": {"amplitude": 3.0}, "face": {"face": 7},
             "compare_video": {"compare": video}, "compare_out": {"compare": out}}.get(case, {})
     before, size = sorted(tmp_path.rglob("*")), (dubbing / "clip.mp4").stat().st_size
@@ -2636,8 +2670,8 @@ def test_every_shot_is_tracked_and_cropped_for_itself_and_no_frame_is_kept_back(
                 continue
             tracker.forget()                      # sees this frame alone
             found = faces.to_crop(max(tracker.find(frame), key=faces.face_size), track.affines[t])
-            off = found[faces.LIPS_OUTER, :2].mean(0) - track.points[t][faces.LIPS_OUTER,
-                                                                        :2].mean(0)
+            mouths = [points[faces.LIPS_OUTER, :2].mean(0) for points in (found, track.points[t])]
+            off = mouths[0] - mouths[1]
             assert np.linalg.norm(off) < 5, (t, off)
 
 
@@ -2839,8 +2873,10 @@ def test_interlaced_pictures_have_no_combs(people, tmp_path):
     # a second: a picture of each field is no frame more
     assert len(frames) == 25
     frame = frames[10].astype(int)
-    comb = np.abs(2 * frame[1:-1] - frame[:-2] - frame[2:]).mean() / np.abs(frame[2:]
-                                                                            - frame[:-2]).mean()
+    comb = (
+        np.abs(2 * frame[1:-1] - frame[:-2] - frame[2:]).mean()
+        / np.abs(frame[2:] - frame[:-2]).mean()
+    )
     assert comb < 1.2                             # 2.6 without deinterlacing
 
 
@@ -3018,10 +3054,9 @@ def test_long_names_links_pipes_and_closed_streams(dubbing, tmp_path):
     )
     assert pipe.returncode == 2 and "not a regular file" in pipe.stderr
     assert len(os.fsencode(infer.default_name("x" * 250 + ".mp4"))) <= 255
-    assert sorted(path.name
-                  for path
-                  in tmp_path.iterdir()) == sorted(["link.mp4", long.name,
-                                                    os.fsdecode(b"\xff.mp4")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["link.mp4", long.name, os.fsdecode(b"\xff.mp4")]
+    )
 
 
 def test_texts_of_every_kind_are_read_and_bad_ones_skipped(tmp_path, capsys):
