@@ -1792,6 +1792,18 @@ def test_a_finished_stage_is_not_done_again_and_one_planned_for_other_steps_is_n
                                       3).stdout
 
 
+def test_an_expert_learns_on_from_the_one_inside_weights_if_its_shape_is_the_same(prepared, tmp_path):
+    run = open_run(prepared, tmp_path)
+    old = experts.SyncXNet("small", audio_dim=D)
+    run.start = {"sync": experts.pack_expert(old)}
+    begun = train.begin_expert(run, "sync", experts.SyncXNet("small", audio_dim=D))
+    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), begun.parameters()))
+    other = experts.SyncXNet("small", audio_dim=D + 1)
+    assert train.begin_expert(run, "sync", other) is other
+    reader = experts.LipReader("small")
+    assert train.begin_expert(run, "lip", reader) is reader  # there is none inside
+
+
 def test_frozen_experts_and_lips_do_not_change_by_a_single_bit(trained, prepared, tmp_path,
                                                                monkeypatch):
     run = open_run(prepared, tmp_path, trained[0], batch=1, steps=12, sync_weight=0.03,

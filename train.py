@@ -344,6 +344,7 @@ def train_sync(run):
     prepare_features(run, noisy=True)
     net = experts.SyncXNet(config.expert_size, run.sync_audio, run.net_config.audio_dim,
                            config.expert_weights or None)
+    net = begin_expert(run, "sync", net)
     net.to(run.device, memory_format=torch.channels_last).train()
     optimizer, scheduler = make_adam(net.parameters(), config.sync_lr, config.sync_steps,
                                      config.warmup)
@@ -367,6 +368,14 @@ def train_sync(run):
     return not keeper.stopped
 
 
+def begin_expert(run, name, net):
+    """The expert inside --weights where it has the shape of the new one `net`, else that"""
+    saved = run.start.get(name)
+    if saved and saved["config"] == net.config:
+        return experts.load_expert(saved)
+    return net
+
+
 def all_negatives(batch):
     """Sounds that do not belong: X of the same clip, X of the neighbours in the batch unless these
     show the same clip. sound [B, ...], negatives [B, X, ...] -> [B, 2X, ...]"""
@@ -386,7 +395,8 @@ def train_lip(run):
         if run.rank == 0:
             print("lip: skipped, no clip has a text")
         return True
-    net = experts.LipReader(config.expert_size).to(run.device).train()
+    net = begin_expert(run, "lip", experts.LipReader(config.expert_size))
+    net.to(run.device).train()
     optimizer, scheduler = make_adam(net.parameters(), config.lip_lr, config.lip_steps,
                                      config.warmup)
     parts = dict(net=net, optimizer=optimizer, scheduler=scheduler)
