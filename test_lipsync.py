@@ -1792,7 +1792,7 @@ def test_a_finished_stage_is_not_done_again_and_one_planned_for_other_steps_is_n
                                       3).stdout
 
 
-def test_an_expert_learns_on_from_the_one_inside_weights_if_its_shape_is_the_same(prepared, tmp_path):
+def test_an_expert_learns_on_from_the_one_inside_weights_of_the_same_shape(prepared, tmp_path):
     run = open_run(prepared, tmp_path)
     old = experts.SyncXNet("small", audio_dim=D)
     run.start = {"sync": experts.pack_expert(old)}
