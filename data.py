@@ -6,8 +6,8 @@
     preparing    | prepare, prepare_video                   | S1
 
 Sound and frames come from media.py, faces and their crops from faces.py.
-Letters as in lipsync.py. Pictures are uint8 RGB, points float32
-(x, y) pixels.
+Letters as in common.py. Pictures are uint8 RGB, points float32
+(x, y, depth) pixels.
 `python data.py --data DIR` prepares a folder; `python data.py --demo DIR` draws one.
 """
 
@@ -34,12 +34,11 @@ from tqdm import tqdm
 
 import faces
 import media
-from lipsync import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, cli, level_sound, log_mel
+from audio import level_sound, log_mel
+from common import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, cli
 
-select_references = faces.select_references  # Fig. 7: of the data, too
 
-
-# ---- clips (S11): DIR/.clips/NAME-XXXX_KKK.npz, each a self-contained training clip --------------
+# ---- clips (S11): DIR/.clips/NAME-XXXXXXXX_000.npz, each a self-contained training clip ----------
 CLIP_FRAMES = 5 * FPS  # 5 s: 125
 LAYOUT = 2  # of the clip files: clips of another layout are made again
 SMALLEST_FACE_PX = 80  # of the frame
@@ -67,7 +66,7 @@ class Clip:
     offsets: np.ndarray  # int64 [T + 1] into jpegs
     landmarks: np.ndarray  # float32 [T, K, 3] crop px
     found: np.ndarray  # bool [T]; False: landmarks were interpolated
-    wave: np.ndarray  # int16 [640 T], at one level (lipsync.level_sound)
+    wave: np.ndarray  # int16 [640 T], at one level (level_sound)
     mel: np.ndarray  # float16 [80, 4 T]
 
     def __len__(self):

@@ -1,17 +1,13 @@
-"""The two experts of S3: does the mouth fit the sound, and can its words be read?
+"""The experts of S3: does the mouth fit the sound? And both of them on a whole video.
 
-    stage         | code                                         | patent
-    mouth         | mouth_view                                   | -
-    sync expert   | SyncXNet, sync_batch_loss                    | S3(1), Fig. 8
-    robustness    | jitter_pictures (sounds: sampling.corrupt_sound) | S3(1)
-    offset        | embed_clip, sync_curve, read_curve           | -
-    lip reader    | LipReader, lip_batch_loss                    | S3(2)
-    checkpoint    | pack_expert, load_expert, load_networks      | -
-    a whole video | python experts.py VIDEO: measure_video       | S12
+    stage         | code                                      | patent
+    sync expert   | SyncXNet, sync_batch_loss                 | S3(1), Fig. 8
+    offset        | embed_clip, sync_curve, read_curve        | -
+    checkpoint    | pack_expert, load_expert, load_networks   | -
+    a whole video | python experts.py VIDEO: measure_video    | S12
 
-Letters as in lipsync.py. "Pictures" are RGB 0..1: the lower half of an upright face crop
-[3, H, 2H] (128 x 256 of the 256 px crop, half of that in training clips), or the view of the mouth
-that mouth_view has cut from it. Offsets are in frames of 40 ms, + = the sound comes late.
+The lip reader, and the mouth as both experts see it, are in lipreader.py. Letters as in common.py,
+pictures as in lipreader.py. Offsets are in frames of 40 ms, + = the sound comes late.
 """
 import argparse
 import json
@@ -24,53 +20,24 @@ import torchvision
 from torch import nn
 from torch.nn import functional as fn
 
+import common
 import data
 import faces
 import lipsync
 import media
-from lipsync import MEL_PER_FRAME, SAMPLES_PER_FRAME, BadInput, check, position_code
-from losses import cosine, lip_reading_loss, sync_loss
-from sampling import BOS, EOS, PAD, VOCABULARY, decode_tokens
+from audio import MEL_PER_FRAME, ScratchEncoder, build_audio_encoder, level_sound, log_mel
+from common import SAMPLES_PER_FRAME, BadInput, check
+from lipreader import VIEW_PX, LipReader, Residual, conv, mouth_view
+from losses import cosine, sync_loss
 
 GROUP = 5  # S, frames that the sync expert sees at once: 200 ms
 MEL_PER_GROUP = GROUP * MEL_PER_FRAME  # 20
 MAX_SHIFT = 15  # frames that a sound is looked for before and after the lips
-VIEW_PX = {"small": 40, "full": 80}  # height of the view; a mouth is about 33 or 66 px wide in it
 STILL_PX = 0.5  # deviation of a still mouth's opening: 0.4 px where a still picture is noisy
 TEMPERATURE = 0.07  # of the multi-way loss (CLIP, 2021)
-LUMA = (0.299, 0.587, 0.114)  # of RGB, BT.601
-
-
-def mouth_view(pictures, height):
-    """The mouth with some room around it. pictures [..., 3, H, 2H] -> [..., 3, height, 2 height];
-    a view of that size passes unchanged."""
-    H, W = pictures.shape[-2:]
-    if (H, W) == (height, 2 * height):
-        return pictures
-    row, column = H // 16, W // 16
-    mouth = pictures[..., row:11 * row, 3 * column:13 * column]
-    small = fn.adaptive_avg_pool2d(mouth.flatten(0, -4), (height, 2 * height))
-    return small.unflatten(0, pictures.shape[:-3])
 
 
 # ---------------------------------------------------------------- S3(1) the sync expert
-def conv(before, after, kernel=1, stride=1, groups=1):
-    layer = nn.Conv2d(before, after, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(after))
-
-
-class Residual(nn.Module):
-    """body(x) beside a shortcut. Source: ResNet (He et al., 2015)."""
-
-    def __init__(self, body, shortcut=None):
-        super().__init__()
-        self.body = body
-        self.shortcut = shortcut or nn.Identity()
-
-    def forward(self, x):
-        return self.body(x) + self.shortcut(x)
-
-
 def resnext_block(before, after, stride):
     """[B, before, h, w] -> [B, after, h/stride, w/stride], in groups of 8 channels. Source: ResNeXt
     (Xie et al., 2017)."""
@@ -132,7 +99,7 @@ class SyncXNet(nn.Module):
             blocks = [resnext_block(*width) for width in widths]  # to [B, 256, 3, 5]
             self.video = nn.Sequential(conv(planes, 32, 3, 2), relu, *blocks,
                                        conv(256, 32), relu, flat, nn.Linear(480, E))
-        self.audio_encoder = lipsync.ScratchEncoder(audio_dim) if audio == "mel" else None
+        self.audio_encoder = ScratchEncoder(audio_dim) if audio == "mel" else None
         self.norm = nn.LayerNorm(audio_dim)
         self.audio = nn.Sequential(
             nn.Conv1d(audio_dim, hidden, 1), relu, nn.Conv1d(hidden, hidden, 3, padding=1),
@@ -163,11 +130,11 @@ class SyncXNet(nn.Module):
 def sync_batch_loss(sync, pictures, sound, negatives):
     """What the sync expert learns from -> scalar loss, accuracy 0..1 at cosine 0.5
 
-    pictures [B, S, 3, H, 2H], sound [B, S, D] of the same frames, negatives [B, X, S, D]: half of
-    them from the same clip but no frame in common, half from other clips; or all mel: [B, 80, 4S],
-    [B, X, 80, 4S]. S3(1)'s BCE alone rests long at 0.69, all cosines at 0.5. Picking the true
-    sound among X + 1 (Chung et al., "Perfect match", 2019) leaves that plateau soon, and BCE then
-    gives the cosine its meaning as a probability.
+    pictures [B, S, 3, H, 2H], sound [B, S, D] of the same frames, negatives [B, X, S, D] (of
+    train.all_negatives): half of them from the same clip but no frame in common, half from other
+    clips; or all mel: [B, 80, 4S], [B, X, 80, 4S]. S3(1)'s BCE alone rests long at 0.69, every
+    cosine at 0.5. Picking the true sound among X + 1 (Chung et al., "Perfect match", 2019) leaves
+    that plateau soon, and BCE then gives the cosine its meaning as a probability.
     """
     B, X = negatives.shape[:2]
     sounds = torch.cat([sound[:, None], negatives], 1).flatten(0, 1)  # the true one first
@@ -182,32 +149,6 @@ def sync_batch_loss(sync, pictures, sound, negatives):
     yes = (cosines > 0.5).flatten().float()
     accuracy = (yes[true].mean() + 1 - yes[~true].mean()) / 2
     return (hit + miss) / 2 + choice, accuracy
-
-
-# ---------------------------------------------------------------- S3(1) robustness
-def jitter_pictures(pictures, strength=1.0):
-    """Another camera: colour, contrast, brightness, blur, shift (one for each clip; the shift for
-    all) and noise. pictures [B, T, 3, H, W] in 0..1 -> the same. Strength 0 changes nothing."""
-    B, T, _, H, W = pictures.shape
-    reach = W // 24  # px, 3 of 80
-    shift = uniform((2,), strength * reach).round().int()
-    x, y = (reach + shift).tolist()
-    padded = fn.pad(pictures.flatten(0, 1), (reach,) * 4, mode="replicate")
-    moved = padded[..., y:y + H, x:x + W]
-    blurred = fn.avg_pool2d(moved, 3, 1, 1, count_include_pad=False)
-    contrast, light, blur = uniform((3, B, 1, 1, 1, 1), strength).to(pictures.device)
-    tint = uniform((B, 1, 3, 1, 1), strength).to(pictures.device)
-    noise = 0.02 * strength * torch.randn_like(pictures)
-    pictures = torch.lerp(moved.unflatten(0, (B, T)), blurred.unflatten(0, (B, T)), blur.abs())
-    mean = pictures.mean((1, 3, 4), keepdim=True)  # [B, 1, 3, 1, 1]
-    pictures = mean + (pictures - mean) * (1 + 0.3 * contrast)
-    pictures = pictures + 0.15 * (mean * tint + light)
-    return (pictures + noise).clamp(0, 1)
-
-
-def uniform(shape, reach):
-    """Random numbers in -reach..reach"""
-    return torch.empty(shape).uniform_(-reach, reach)
 
 
 # ---------------------------------------------------------------- the offset of a clip
@@ -316,169 +257,12 @@ def sync_accuracy(video, audio, span=1):
     return float(hits + 1 - false_alarms) / 2
 
 
-# ---------------------------------------------------------------- S3(2) the lip reader
-class LipReader(nn.Module):
-    """From the lower face to text.
-
-    Patent: the lip-reading expert, S3(2): P(Y | V) of the text Y given the video V. Nothing is said
-        of its inside.
-    Shapes: pictures [B, T, 3, H, 2H], tokens [B, U] int64 -> logits [B, U, V]; entry n has seen the
-        video and tokens 0..n-1. lengths [B]: frames of each clip, where padded.
-    Choice: 3-D convolution, 2-D ResNet, Transformer (Afouras et al., 2018) and a CTC head, which
-        learns first and pulls the rest along (Petridis et al., 2018). Grey, each frame normalised:
-        light does not matter. Convolution over time before the attention: order is learned sooner.
-        4 x 4 px strides at once: the rim costs most on a CPU. "small": 9 MMAC a frame.
-    """
-
-    def __init__(self, size="small"):
-        super().__init__()
-        self.config = dict(size=size)  # what load_expert needs
-        sizes = {"small": ((32, 64, 128), 160, 4, 2), "full": ((64, 128, 256, 512), 512, 8, 6)}
-        channels, hidden, heads, layers = sizes[size]
-        first, relu = channels[0], nn.ReLU()
-        stem = nn.Conv3d(1, first, (5, 7, 7), (1, 4, 4), (2, 3, 3), bias=False)
-        self.stem = nn.Sequential(stem, nn.BatchNorm3d(first), relu)
-        blocks = []
-        for before, after in zip(channels, channels[1:]):
-            blocks += [conv(before, after, 3, 2), relu, Residual(conv(after, after, 3)), relu]
-        final = channels[-1] * 3 * 5  # 40 x 80 / 16 = 80 x 160 / 32 = 3 x 5
-        self.frames = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(final, hidden))
-        self.time = nn.Sequential()
-        for _ in range(layers):
-            along = nn.Sequential(nn.Conv1d(hidden, hidden, 5, padding=2),
-                                  nn.BatchNorm1d(hidden), relu)
-            self.time.append(Residual(along))
-        options = dict(nhead=heads, dim_feedforward=2 * hidden, batch_first=True, norm_first=True)
-        encoder_layer = nn.TransformerEncoderLayer(hidden, **options)
-        decoder_layer = nn.TransformerDecoderLayer(hidden, **options)
-        self.encoder = nn.TransformerEncoder(encoder_layer, layers, nn.LayerNorm(hidden),
-                                             enable_nested_tensor=False)
-        self.decoder = nn.TransformerDecoder(decoder_layer, layers // 2, nn.LayerNorm(hidden))
-        self.embedding = nn.Embedding(VOCABULARY, hidden)
-        self.ctc_head = nn.Linear(hidden, VOCABULARY)
-        self.text_head = nn.Linear(hidden, VOCABULARY)
-
-    def encode(self, pictures, lengths=None):
-        """pictures [B, T, 3, H, 2H], lengths [B] or None -> frames [B, T, hidden], each with its
-        neighbours; memory [B, T, hidden], each beside all others; padding bool [B, T] or None"""
-        B, T = check(pictures, "B T 3 H W", "lip.pictures").shape[:2]
-        mouth = mouth_view(pictures, VIEW_PX[self.config["size"]])  # [B, T, 3, h, w]
-        grey = torch.einsum("btchw,c->bthw", mouth, mouth.new_tensor(LUMA))
-        contrast = grey.std((2, 3), keepdim=True) + 0.02
-        grey = (grey - grey.mean((2, 3), keepdim=True)) / contrast
-        padding = None
-        if lengths is not None:
-            padding = torch.arange(T, device=grey.device) >= lengths.to(grey.device)[:, None]
-        maps = self.stem(hide(grey, padding)[:, None])  # [B, C, T, h/4, w/4]
-        maps = maps.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        frames = self.frames(maps).unflatten(0, (B, T))  # [B, T, hidden]
-        for block in self.time:  # each sees two frames either way: hide anew what is no frame
-            frames = block(hide(frames, padding).mT).mT
-        placed = frames + position_code(*frames.shape[1:]).to(frames)
-        return frames, self.encoder(placed, src_key_padding_mask=padding), padding
-
-    def decode(self, memory, padding, tokens):
-        """memory [B, T, hidden], padding [B, T] or None, tokens [B, U] -> logits [B, U, V]"""
-        B, U = check(tokens, "B U", "lip.tokens", B=len(memory)).shape
-        before = fn.pad(tokens, (1, -1), value=BOS)  # entry n is given token n-1
-        query = self.embedding(before)  # [B, U, hidden]
-        query = query + position_code(*query.shape[1:]).to(query)
-        future = torch.ones(U, U, dtype=torch.bool, device=tokens.device).triu(1)
-        states = self.decoder(query, memory, tgt_mask=future, memory_key_padding_mask=padding)
-        return self.text_head(states)
-
-    def forward(self, pictures, tokens, lengths=None):
-        _, memory, padding = self.encode(pictures, lengths)
-        return self.decode(memory, padding, tokens)
-
-    @torch.no_grad()
-    def read(self, pictures):
-        """The texts, B str: CTC's best path or the decoder's, whichever both together believe."""
-        texts = []
-        for memory in self.encode(pictures)[1].split(1):  # [1, T, hidden]
-            path = self.ctc_head(memory)[0].argmax(-1)  # [T]
-            by_ctc = [token for token in path.unique_consecutive().tolist() if token < BOS]
-            by_decoder = self.follow_decoder(memory)
-            better = self.cost(memory, by_ctc) <= self.cost(memory, by_decoder)
-            texts.append(decode_tokens(by_ctc if better else by_decoder))
-        return texts
-
-    def follow_decoder(self, memory):
-        """The likeliest token, again and again; one a frame at most, as CTC has it."""
-        tokens = []
-        while len(tokens) < memory.shape[1]:
-            given = torch.tensor([[*tokens, PAD]], device=memory.device)
-            token = int(self.decode(memory, None, given)[0, -1].argmax())
-            if token >= BOS:
-                break
-            tokens.append(token)
-        return tokens
-
-    def cost(self, memory, text):
-        """-log P of a text (tokens without EOS), the decoder's and CTC's together"""
-        tokens = torch.tensor([[*text, EOS]], device=memory.device)
-        logits = self.decode(memory, None, tokens)
-        by_decoder = lip_reading_loss(logits, tokens, PAD) * len(tokens[0])
-        by_ctc = ctc_costs(self.ctc_head(memory), tokens)
-        return float(by_decoder + by_ctc)
-
-
-def hide(states, padding):
-    """states [B, T, ...] with zeros where padding [B, T] is True; None: no padding"""
-    if padding is None:
-        return states
-    missing = padding[(...,) + (None,) * (states.dim() - 2)]
-    return states.masked_fill(missing, 0)
-
-
-def ctc_costs(logits, tokens, lengths=None, zero_infinity=False):
-    """-log P of each text by CTC -> [B]; infinite, or 0, where it needs more frames than there are
-
-    logits [B, T, V], tokens [B, U] (bytes, EOS, then PAD), lengths [B] frames or None."""
-    chances = logits.float().log_softmax(-1).transpose(0, 1)  # [T, B, V]
-    sizes = (tokens < BOS).sum(1)
-    if lengths is None:
-        lengths = torch.full_like(sizes, logits.shape[1])
-    return fn.ctc_loss(chances, tokens, lengths.to(sizes), sizes, PAD, "none", zero_infinity)
-
-
-def lip_batch_loss(reader, pictures, tokens, lengths=None):
-    """What the lip reader learns from: S3(2)'s loss plus CTC's, both per token.
-
-    Source: Watanabe et al., 2017. CTC judges the frames before and after the attention (Lee and
-    Watanabe, 2021): those before learn to read first. A text too long for its frames is left to
-    the decoder. pictures [B, T, 3, H, 2H], tokens [B, U] int64 (bytes, EOS, then PAD), lengths [B]
-    frames or None -> scalar.
-    """
-    frames, memory, padding = reader.encode(pictures, lengths)  # [B, T, hidden]
-    loss = lip_reading_loss(reader.decode(memory, padding, tokens), tokens, PAD)
-    sizes = (tokens < BOS).sum(1).clamp(min=1)
-    for states in (frames, memory):
-        costs = ctc_costs(reader.ctc_head(states), tokens, lengths, zero_infinity=True)  # [B]
-        loss = loss + (costs / sizes).mean() / 2
-    return loss
-
-
-def character_error_rate(read, truth):
-    """Edits (insert, delete, replace) that turn `read` into `truth`, per character of `truth`"""
-    row = list(range(len(truth) + 1))  # edits from the empty text
-    for i, a in enumerate(read, 1):
-        above, row[0] = row[0], i
-        for j, b in enumerate(truth, 1):
-            replaced, dropped = above + (a != b), row[j] + 1
-            above = row[j]
-            row[j] = min(replaced, dropped, row[j - 1] + 1)
-    return row[-1] / max(1, len(truth))
-
-
 # ---------------------------------------------------------------- in a checkpoint
-def pack_expert(net, half=False):
-    """An expert (or None) as plain types and tensors, for a checkpoint. half: floats as float16"""
+def pack_expert(net):
+    """An expert (or None) as plain types and tensors, for a checkpoint"""
     if net is None:
         return None
     state = {name: value.cpu() for name, value in net.state_dict().items()}
-    if half:
-        state = {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
     return {"config": net.config, "state": state}
 
 
@@ -509,13 +293,13 @@ def load_networks(path=None, device="cpu"):
     The LipSync has bfloat16 weights where the device is fast at it: autocast would cast them anew
     for every batch. BadInput if it is missing, damaged, foreign, or its parts do not fit together.
     """
-    path = path or lipsync.WEIGHTS
-    content = lipsync.load_checkpoint(path)
+    path = path or common.WEIGHTS
+    content = common.load_checkpoint(path)
     try:
         config = lipsync.Config(**content["config"])
         net = lipsync.LipSync(config)
         net.load_state_dict(content["model"])
-        audio_encoder = lipsync.build_audio_encoder(config, content["audio_encoder"])
+        audio_encoder = build_audio_encoder(config, content["audio_encoder"])
         sync = load_expert(content.get("sync"))
         reader = load_expert(content.get("lip"))
         if not content["audio_encoder"]:
@@ -531,7 +315,7 @@ def load_networks(path=None, device="cpu"):
         raise BadInput(f"{path}: its parts do not fit together ({reason})") from None
     for module in filter(None, (net, audio_encoder, sync, reader)):
         module.to(device).eval()
-    fast = lipsync.fast_bfloat16(torch.device(device))
+    fast = common.fast_bfloat16(torch.device(device))
     net.to(memory_format=torch.channels_last, dtype=torch.bfloat16 if fast else None)
     return Networks(net, audio_encoder, sync, reader, content.get("about", {}), config)
 
@@ -609,7 +393,7 @@ def measure_video(path, networks):
     sync, reader = networks.sync, networks.reader
     device = next(networks.net.parameters()).device
     sizes = {expert.config["size"] for expert in (sync, reader) if expert is not None}
-    wave = lipsync.level_sound(media.read_audio(path))
+    wave = level_sound(media.read_audio(path))
     landmarks = track_face(path)
     height = VIEW_PX["small"] if sizes == {"small"} else None
     pictures, opening = crop_mouths(path, landmarks, height)
@@ -618,7 +402,7 @@ def measure_video(path, networks):
     result |= measure_opening(opening, wave.numpy(), found)
     if sync is not None:
         features = networks.audio_encoder(wave[None].to(device))[0]
-        sound = sync_sound(sync, lipsync.log_mel(wave), features)
+        sound = sync_sound(sync, log_mel(wave), features)
         try:
             result |= measure_offset(sync, pictures, sound, found)
         except BadInput as error:
@@ -653,9 +437,9 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with the curve")
     args = parser.parse_args()
-    networks = load_networks(args.weights, lipsync.pick_device(args.device))
+    networks = load_networks(args.weights, common.pick_device(args.device))
     if networks.sync is None and networks.reader is None:
-        weights = args.weights or lipsync.WEIGHTS
+        weights = args.weights or common.WEIGHTS
         raise BadInput(f"{weights}: holds neither a sync expert nor a lip reader")
     result = measure_video(args.video, networks)
     if args.json:
@@ -665,4 +449,4 @@ def main():
 
 
 if __name__ == "__main__":
-    lipsync.cli(main)
+    common.cli(main)

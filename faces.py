@@ -5,13 +5,13 @@ references.
     points       | KEPT_POINTS, FaceTracker                          | S12: landmarks
     one person   | follow_face, group_people                         | -
     crop         | smooth_affines, to_crop, crop                     | S12: upright 256 x 256 crop
-    head pose    | head_motion, place_points                         | -
-    mouth        | mouth_shape, head_pose                            | -
-    references   | select_references                                 | Fig. 7
+    head pose    | with_head_pose, place_points                         | -
+    mouth        | mouth_shape                                       | -
+    references   | select_references, head_turn                      | Fig. 7
     face box     | YoloFace, decode_yolo                             | S12: --face-detector
     shots        | track_shots, is_cut                               | -
 
-Letters as in lipsync.py. Pictures are uint8 RGB, points float32 (x, y) pixels, mostly with a depth
+Letters as in common.py. Pictures are uint8 RGB, points float32 (x, y) pixels, mostly with a depth
 z.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from lipsync import FPS, BadInput
+from common import FPS, BadInput
 
 LANDMARKER = Path(__file__).parent / "weights" / "face_landmarker.task"  # MediaPipe's, Apache-2.0
 CROP_PX = 256
@@ -36,9 +36,9 @@ MOST_FACES = 4
 TRACK_PIXELS = 1280 * 720  # MediaPipe finds no more in larger pictures, it only takes longer
 LYING = "the face lies on its side or is upside down: turn the video upright"
 
-# Numbers of MediaPipe's mesh. Above row 122 of the crop, in the half that the network may see; no
-# eyelids, which blink. A point of ..._RIGHT mirrors the one at the same place of ..._LEFT.
+# Numbers of MediaPipe's mesh. A point of ..._RIGHT mirrors the one at the same place of ..._LEFT.
 RIGID_MESH = [33, 133, 362, 263, 168, 6, 197, 195, 5, 4]  # eye corners, nose bridge down to the tip
+# Above row 122 of the crop, in the half that the network may see; no eyelids, which blink.
 UPPER_RIGHT = [33, 133, 35, 36, 54, 55, 63, 65, 67, 71, 103, 108, 109, 118, 120, 123, 127, 131, 227]
 UPPER_LEFT = [263, 362, 372, 266, 284, 285, 293, 295, 297, 251, 332, 337, 338, 347, 349, 352, 356,
               360, 447]
@@ -66,7 +66,7 @@ def kept(mesh_numbers):
 RIGID, UPPER = kept(RIGID_MESH), kept(UPPER_MESH)
 LIPS_OUTER, LIPS_INNER, JAW = kept(LIPS_OUTER_MESH), kept(LIPS_INNER_MESH), kept(JAW_MESH)
 MOUTH = LIPS_OUTER + LIPS_INNER + JAW  # [P] what the sound moves: the first P of the K points
-MOUTH_CORNERS, INNER_LIPS, OUTER_LIPS = kept([61, 291]), kept([13, 14]), kept([0, 17])  # pairs
+MOUTH_CORNERS, GAP_ENDS, HEIGHT_ENDS = kept([61, 291]), kept([13, 14]), kept([0, 17])  # pairs
 EYE_CORNERS, NOSE_TIP = kept([33, 263]), kept([4])[0]
 
 
@@ -421,7 +421,7 @@ def crop(frame, affine):
     return cv2.resize(picture, (CROP_PX, CROP_PX), interpolation=cv2.INTER_AREA)
 
 
-def head_motion(reference, frame):
+def with_head_pose(reference, frame):
     """The reference's face, mouth and all, with the frame's head pose.
 
     The 3-D similarity (rotation, scale, shift) that brings the reference's UPPER points onto the
@@ -448,7 +448,7 @@ def place_points(references, frames):
     """What LipSync.forward takes as `points`: references [R, K, 3], frames [S, K, 3] crop px
     -> float32 [S, R, 2, K, 2] picture widths: where each reference's points lie in its picture,
     and where they would lie with the frame's head pose."""
-    posed = head_motion(references[None], frames[:, None])  # [S, R, K, 3]
+    posed = with_head_pose(references[None], frames[:, None])  # [S, R, K, 3]
     both = np.stack([np.broadcast_to(references, posed.shape), posed], 2)
     return both[..., :2].astype(np.float32) / CROP_PX
 
@@ -456,13 +456,13 @@ def place_points(references, frames):
 def mouth_shape(landmarks):
     """[..., K, 2 or 3] crop px -> float32 [..., 3]: inner-lip gap (px), mouth width (px), rounding
     (outer lip height / width)."""
-    pairs = [landmarks[..., pair, :2] for pair in (INNER_LIPS, MOUTH_CORNERS, OUTER_LIPS)]
+    pairs = [landmarks[..., pair, :2] for pair in (GAP_ENDS, MOUTH_CORNERS, HEIGHT_ENDS)]
     gap, width, height = [np.linalg.norm(pair[..., 0, :] - pair[..., 1, :], axis=-1)
                           for pair in pairs]
     return np.stack([gap, width, height / np.maximum(width, 1e-6)], -1).astype(np.float32)
 
 
-def head_pose(landmarks):
+def head_turn(landmarks):
     """[..., K, 3] -> float32 [..., 2]: where the nose tip lies between the eyes' outer corners, in
     eye distances: sideways (0 = frontal, grows as the head turns), downwards (less looking up)."""
     flat = landmarks[..., :2] @ np.array([1, 1j])
@@ -505,7 +505,7 @@ def select_references(landmarks, count, exclude=None, rng=None):
 def reference_doubt(landmarks):
     """What speaks against each frame as a reference, in eye distances: a head turned away from the
     median pose, a mouth that moves. [T, K, 3] -> [T]"""
-    pose = head_pose(landmarks)
+    pose = head_turn(landmarks)
     turned_away = np.linalg.norm(pose - np.median(pose, 0), axis=1)
     if len(landmarks) == 1:
         return 0.5 * turned_away

@@ -1,34 +1,21 @@
 """The lip-sync network, in the order of the patent.
 
     stage    | code                                                        | step      | figure
-    audio    | WhisperEncoder, HubEncoder, ScratchEncoder                  | S2(1)     | 1, 3
     image    | ImageEncoder                                                | S2(2)     | 1
     selector | AudioSelector                                               | S2(3)     | 1
     fusion   | ModalityFusion, attention                                   | S2(4) a-g | 2
-    lips     | LipHead, ReferenceWarp                                      | -         | -
     decoder  | ImageDecoder, SPADEResnetBlock, SPADE, ReferenceMix         | S2(5)     | 4, 5, 6
     all      | LipSync                                                     | S2        | 1
 
-Letters of shapes, one meaning each in all files; any other axis is a word:
-    B batch                   S frames of a group (5)      T frames of a clip or video
-    R reference pictures      C channels, C_i of stage i   D width of an audio feature
-    H W pixels                h w feature map              L audio features of a sound, 25 a second
-    N sound samples           F selected audio features    K points of a face
-    P points of lips and jaw  M channels of SPADE's map    E width of an embedding
-    U tokens of a text        V kinds of token             G groups of S frames in a clip
-    X false sounds
-Pictures are RGB, float, 0..1. `python lipsync.py` prints the trace of one batch through all stages.
+S2(1), the audio encoders, is audio.py; lips and warp, which S2 does not have, are lips.py. Letters
+of shapes as in common.py. Pictures are RGB, float, 0..1. `python lipsync.py` prints the trace of
+one batch through all stages.
 """
 import argparse
-import contextlib
-import contextvars
 import dataclasses
 import itertools
 import math
-import os
-import pathlib
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
@@ -38,19 +25,9 @@ from torch import nn
 from torch.nn import functional as fn
 from torch.utils.checkpoint import checkpoint
 
-SAMPLE_RATE = 16_000                              # Hz, S11
-FPS = 25                                          # video frames and audio features a second, S11
-HOP = 160                                         # samples between two mel columns: 10 ms
-N_MELS = 80                                       # mel bands
-LOUD = 0.1                                        # root mean square of loud frames, full scale 1
-MEL_FLOOR = -7.0                                  # log10 of power: 80 dB below loudest speech
-SAMPLES_PER_FRAME = SAMPLE_RATE // FPS            # 640
-MEL_PER_FRAME = SAMPLES_PER_FRAME // HOP          # 4
-WINDOW_SECONDS, OVERLAP_SECONDS = 30, 10          # what an encoder sees at once; two share
-VERSION = 2                                       # of the checkpoint file
-LIP_POINTS, MOUTH_POINTS = 40, 61                 # the first of a face's K points: lips; P, + jaw
-MOUTH_CORNERS = (0, 10)                           # their places among the K points
-WEIGHTS = pathlib.Path(__file__).parent / "weights" / "edge.pt"  # where the user names none
+from audio import build_audio_encoder
+from common import FPS, SAMPLE_RATE, check, cli, trace
+from lips import LipHead, ReferenceWarp, lower_rows
 
 
 # ---------------------------------------------------------------- configuration
@@ -64,7 +41,7 @@ class Config:
     window: int = 11                 # F
     spacing: int = 1                 # of the selected features, in frames
     decoder: str = "spade"           # or "conv"
-    channels: tuple = (32, 64, 128, 256, 384, 512)  # of stages, finest first, rounded up to R+1
+    channels: tuple = (32, 64, 128, 256, 384, 512)  # of stages, finest first, to multiples of R+1
     fold: int = 1                    # 2 or 4: pictures are pixel_unshuffled first: less work
     heads: int = 8                   # of each attention
     spade_hidden: int = 64           # width of the maps inside SPADE
@@ -106,353 +83,6 @@ PRESETS = {
     "tiny": Config(image_size=128, decoder="conv", fold=2, channels=(16, 32, 48, 96, 128), heads=4,
                    audio_encoder="scratch", audio_dim=96, lip_width=128),
 }
-
-
-# ---------------------------------------------------------------- checks, trace, errors
-class BadInput(ValueError):
-    """What a user got wrong, in one line that names the file or the value; commands exit with 2."""
-
-
-def cli(main):
-    """Run `main()`; bad input becomes one line on stderr and exit 2, Ctrl-C exit 130.
-
-    Names that a terminal cannot print are escaped; a closed stdout or stderr stops nothing."""
-    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:      # closed streams: fill 0, 1 and 2
-        pass
-    os.close(null)
-    sys.stdout = sys.stdout or open(1, "w")
-    sys.stderr = sys.stderr or open(2, "w")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:                       # `| head`: what was to be written to files is
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (BadInput, FileNotFoundError, PermissionError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        print("error: " + " ".join(text.split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-
-
-def first_line(error):
-    """An exception's first line, or its name where it says nothing"""
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-
-
-_rows = contextvars.ContextVar("trace_rows", default=None)
-
-
-@contextlib.contextmanager
-def trace():
-    """Within it every `check` appends (name, axes, shape) to the yielded list."""
-    rows = []
-    token = _rows.set(rows)
-    try:
-        yield rows
-    finally:
-        _rows.reset(token)
-
-
-def check(x, axes, name, low=None, high=None, **sizes):
-    """Return x if its shape fits `axes`, else a ValueError names it, the axes and the shape got.
-
-    axes: one letter, word or number per dimension, such as "B R 3 H W"; one that is repeated, or
-    given in `sizes`, must have that size. low, high: allowed values; read only from CPU tensors,
-    where looking costs no stall. Example: check(audio, "B F D", "fusion.audio", B=2, D=512).
-    """
-    if torch.compiler.is_compiling():             # checked eagerly; here shapes may be symbolic
-        return x
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor [{axes}], got {type(x).__name__}")
-    known, names = dict(sizes), axes.split()
-    fits = x.dim() == len(names)
-    for axis, size in zip(names, x.shape):
-        wanted = int(axis) if axis.isdigit() else known.setdefault(axis, size)
-        fits = fits and size == wanted
-    if not fits:
-        wanted = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in names)
-        raise ValueError(f"{name} must be [{wanted}], got {list(x.shape)}")
-    if low is not None and x.device.type == "cpu" and x.numel():
-        least, most = (value.item() for value in x.detach().aminmax())
-        if not (low - 1e-3 <= least and most <= high + 1e-3):        # also refuses NaN
-            raise ValueError(f"{name} must lie in {low}..{high}, got {least:.4g}..{most:.4g}")
-    if _rows.get() is not None:
-        _rows.get().append((name, axes, tuple(x.shape)))
-    return x
-
-
-# ---------------------------------------------------------------- S2(1) audio encoders
-def level_sound(wave):
-    """A whole sound brought to one loudness, so that a soft voice moves the lips like a loud one.
-
-    Shapes: wave [N] 16 kHz, float numpy array or tensor -> float32 tensor [N], -1..1.
-    Choice: the 95th percentile of the frames above -70 dB comes to LOUD: a click is too short to
-        count. Gain at most 40 dB: a silent room's noise stays soft.
-    """
-    wave = torch.as_tensor(wave, dtype=torch.float32)
-    whole = len(wave) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
-    frames = wave[:whole].unflatten(0, (-1, SAMPLES_PER_FRAME))      # [L, 640]
-    level = frames.square().mean(1).sqrt()                           # [L]
-    heard = level[level > 10 ** (-70 / 20)]
-    if len(heard) == 0:
-        return wave.clamp(-1, 1)
-    gain = LOUD / heard.quantile(0.95)
-    return (wave * gain.clamp(max=100)).clamp(-1, 1)
-
-
-def whole_frames(wave):
-    """[N] -> [640 L], L = round(N / 640) but at least 1: padded with silence, or cut"""
-    length = max(1, round(wave.shape[-1] / SAMPLES_PER_FRAME)) * SAMPLES_PER_FRAME
-    return fn.pad(wave, (0, max(0, length - wave.shape[-1])))[:length]
-
-
-def log_mel(wave):
-    """Whisper's log-mel spectrogram of one sound.
-
-    Shapes: wave [N] 16 kHz, -1..1 -> [80, 4L] float32, L = round(N / 640).
-    Choice: the floor is constant, not 80 dB below the loudest moment: a far click changes nothing.
-    """
-    from whisper.audio import N_FFT, mel_filters
-    wave = whole_frames(torch.as_tensor(wave, dtype=torch.float32))
-    spectrum = torch.stft(wave, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)
-    power = spectrum[:, :-1].abs().square()                          # [201, 4L]
-    mel = mel_filters(wave.device, N_MELS) @ power                   # [80, 4L]
-    return (mel.clamp(min=10 ** MEL_FLOOR).log10() + 4) / 4
-
-
-def in_windows(encode, wave):
-    """A sound of any length through `encode` in pieces, so that memory grows by the result alone.
-
-    Shapes: wave [N] -> [L, D], L = round(N / 640), as `encode` maps each piece.
-    Choice: windows of 30 s cross-faded over 10 s, since a window's outer features lack context.
-    """
-    wave = whole_frames(wave)
-    total = len(wave) // SAMPLES_PER_FRAME
-    size, overlap = WINDOW_SECONDS * FPS, OVERLAP_SECONDS * FPS
-    if total <= size:
-        return encode(wave)
-    result, weights = 0, torch.zeros(total, 1)
-    for start in range(0, total - overlap, size - overlap):
-        stop = min(start + size, total)
-        piece = wave[start * SAMPLES_PER_FRAME: stop * SAMPLES_PER_FRAME]
-        part = encode(piece)[:stop - start]                          # [<= size, D]
-        ramp = (torch.arange(stop - start)[:, None] + 0.5) / overlap
-        weight = ramp.clamp(max=1) if start > 0 else torch.ones_like(ramp)
-        if stop < total:
-            weight = weight.minimum(ramp.flip(0))
-        if start == 0:
-            result = part.new_zeros(total, part.shape[1])
-        result[start:stop] += part * weight.to(part)
-        weights[start:stop] += weight
-    return result / weights.to(result)
-
-
-def encode_batch(encoder, wave):
-    """Each sound of a batch through an audio encoder.
-
-    Patent: S2(1).
-    Shapes: wave [B, N] 16 kHz, -1..1 -> [B, L, D], L = round(N / 640).
-    """
-    check(wave, "B N", "audio.wave", low=-1, high=1)
-    features = torch.stack([in_windows(encoder.encode, one) for one in wave])
-    return check(features, "B L D", "audio.features", B=len(wave), D=encoder.dim)
-
-
-class WhisperEncoder(nn.Module):
-    """A pretrained whisper's audio encoder, frozen.
-
-    Patent: S2(1), a pretrained multilingual ASR model, so that one network serves all languages.
-    Shapes: wave [B, N] 16 kHz, -1..1 -> features [B, L, D], L = round(N / 640).
-    Choice: its 50 features a second are averaged in pairs. They depend on where in 30 s a sound
-        stands: the same 5 s, moved by 5 s, have a cosine of 0.63 (base, last layer), so what short
-        clips teach fails in long videos. With one position code for all, after half of the layers,
-        it is 0.976 to 0.997, in half the time, and the mouth's opening can be read off as well
-        (ridge regression on GRID: r = 0.870, last layer 0.869). Sounds cost what they are long.
-    """
-    frozen = True
-    POSITION = 100                                # whose position code all get: 2 s
-
-    def __init__(self, dims):
-        super().__init__()
-        try:
-            from whisper.model import AudioEncoder
-        except ImportError:
-            raise BadInput("the package openai-whisper is missing: pip install openai-whisper, "
-                           "or use --audio-encoder scratch") from None
-        bands, width = dims["n_mels"], dims["n_audio_state"]
-        if bands != N_MELS:
-            raise BadInput(f"this whisper hears {bands} mel bands, ours {N_MELS}: "
-                           "take one of tiny .. large-v2")
-        layers = (dims["n_audio_layer"] + 1) // 2
-        self.dims, self.dim = dict(dims), width
-        self.encoder = AudioEncoder(bands, dims["n_audio_ctx"], width, dims["n_audio_head"], layers)
-        self.encoder.ln_post = nn.Identity()      # belongs to the last layer
-        self.eval().requires_grad_(False)
-
-    def train(self, mode=True):
-        return super().train(False)               # frozen also means: never in training mode
-
-    def encode(self, wave):
-        """wave [N] of at most 30 s -> [L, D]"""
-        net = self.encoder
-        x = log_mel(wave.cpu())[None].to(net.conv1.weight)           # [1, 80, 4L]
-        x = fn.gelu(net.conv1(x))                                    # [1, D, 4L]
-        x = fn.gelu(net.conv2(x)).mT                                 # [1, 2L, D]
-        x = x + net.positional_embedding[self.POSITION].to(x)
-        for block in net.blocks:
-            x = block(x)
-        x = fn.layer_norm(x, (self.dim,))[0]                         # [2L, D]
-        return x.unflatten(0, (-1, 2)).mean(1)                       # [L, D]
-
-    @torch.no_grad()
-    def forward(self, wave):
-        return encode_batch(self, wave)
-
-
-class HubEncoder(nn.Module):
-    """wav2vec 2.0 or HuBERT, frozen, through the transformers package.
-
-    Patent: S2(1), wav2vec and HuBERT as other pretrained audio encoders.
-    Shapes: wave [B, N] 16 kHz, -1..1 -> features [B, L, D], L = round(N / 640).
-    Choice: pairs averaged as whisper's; 80 samples of silence at both ends, since the convolutions
-        (window 400, hop 320) would give one feature less; zero mean, unit variance.
-    """
-    frozen = True
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.dim = model, model.config.hidden_size
-        self.dims = dict(model.config.to_dict())
-        self.eval().requires_grad_(False)
-
-    def train(self, mode=True):
-        return super().train(False)
-
-    def encode(self, wave):
-        """wave [640 L] -> [L, D]"""
-        wave = (wave - wave.mean()) / (wave.std() + 1e-5)
-        x = self.model(fn.pad(wave, (80, 80))[None]).last_hidden_state           # [1, 2L, D]
-        return x[0].unflatten(0, (-1, 2)).mean(1)                    # [L, D]
-
-    @torch.no_grad()
-    def forward(self, wave):
-        return encode_batch(self, wave)
-
-
-class ScratchEncoder(nn.Module):
-    """A small audio encoder of our own, trained together with the generator.
-
-    Patent: S2(1), Fig. 3, "or build an audio encoder and train it from scratch".
-    Shapes: wave [B, N] 16 kHz, -1..1 -> features [B, L, D]; encode_mel: [B, 80, 4L] -> [B, L, D].
-    Choice: Fig. 3 gives no layers: Conv1d on log-mel, two of stride 2; a feature hears 0.3 s. Each
-        moment is normalised by itself, or features grow until the attention's gradient explodes.
-    """
-    frozen = False
-
-    def __init__(self, dim):
-        super().__init__()
-        self.dims, self.dim = {"dim": dim}, dim
-        self.layers = nn.ModuleList()
-        for before, kernel, stride in ((N_MELS, 5, 1), (dim, 4, 2), (dim, 4, 2), (dim, 3, 1)):
-            self.layers.append(nn.Conv1d(before, dim, kernel, stride, padding=kernel // 2))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.layers)
-
-    def encode_mel(self, mel):
-        x = check(mel, "B 80 columns", "audio.mel")
-        for layer, norm in zip(self.layers, self.norms):
-            columns = x.shape[-1] // layer.stride[0]
-            x = norm(layer(x).mT).mT
-            x = fn.leaky_relu(x, 0.1)[..., :columns]
-        return x.mT                                                  # [B, L, D]
-
-    def encode(self, wave):
-        """wave [N] -> [L, D]"""
-        mel = log_mel(wave.cpu()).to(self.layers[0].weight.device)   # [80, 4L]
-        return self.encode_mel(mel[None])[0]
-
-    def forward(self, wave):
-        return encode_batch(self, wave)
-
-
-def parse_audio_encoder(text):
-    """"base" or "whisper" -> ("whisper", "base"), "hubert:DIR" -> ("hubert", "DIR")"""
-    defaults = {"scratch": "", "whisper": "base", "wav2vec2": "facebook/wav2vec2-base",
-                "hubert": "facebook/hubert-base-ls960"}
-    family, _, source = text.partition(":")
-    if family == "scratch":
-        return "scratch", ""
-    if family in defaults:
-        return family, source or defaults[family]
-    for hub in ("wav2vec2", "hubert"):            # a bare name such as facebook/hubert-base-ls960
-        if hub in text and not os.path.isfile(text):
-            return hub, text
-    return "whisper", text
-
-
-def load_whisper(source):
-    """dims, encoder weights from a whisper name, a (full or encoder-only) file, our checkpoint."""
-    path = pathlib.Path(source).expanduser()
-    try:
-        if path.is_file():
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            import whisper
-            model = whisper.load_model(source, device="cpu")
-            saved = {"dims": vars(model.dims), "model_state_dict": model.state_dict()}
-        if "audio_encoder" in saved:              # a checkpoint of ours that carries a whisper
-            return saved["audio_encoder"]["dims"], saved["audio_encoder"]["state"]
-        return dict(saved["dims"]), saved["model_state_dict"]
-    except Exception as error:                    # no file, no network, a foreign file: one remedy
-        raise BadInput(
-            f"--audio-encoder {source}: no whisper encoder there ({first_line(error)}); give a "
-            "whisper name with a network, the path of a whisper file, or --audio-encoder scratch"
-        ) from None
-
-
-def load_hub(family, source, dims=None):
-    """A transformers model from the hub or a folder; with `dims` an untrained one of that shape"""
-    try:
-        import transformers
-    except ImportError:
-        raise BadInput(f"--audio-encoder {family}: the package transformers is missing; "
-                       "pip install transformers, or use --audio-encoder scratch") from None
-    kind = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert"}[family]
-    model_class = getattr(transformers, kind + "Model")
-    try:
-        if dims is None:
-            return model_class.from_pretrained(source)
-        return model_class(getattr(transformers, kind + "Config")(**dims))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--audio-encoder {source}: cannot be loaded ({first_line(error)}); "
-                       "give a local folder, or --audio-encoder scratch") from None
-
-
-def build_audio_encoder(config, weights=None):
-    """The audio encoder that config.audio_encoder names; BadInput if anything for it is missing.
-
-    Patent: S2(1), whisper, wav2vec, HuBERT or one of one's own.
-    Shapes: the module maps wave [B, N] 16 kHz, -1..1 -> [B, L, D]; a pretrained one decides D.
-    weights: {"dims": plain numbers that rebuild it, its .dims; "state"} of a checkpoint, if any.
-    """
-    family, source = parse_audio_encoder(config.audio_encoder)
-    dims, state = (weights["dims"], weights["state"]) if weights else (None, None)
-    if family == "scratch":
-        encoder = ScratchEncoder(config.audio_dim)
-    elif family == "whisper":
-        if weights is None:
-            dims, state = load_whisper(source)
-        encoder = WhisperEncoder(dims)
-    else:
-        encoder = HubEncoder(load_hub(family, source, dims))
-    if state is not None:
-        wanted = encoder.state_dict()             # of a whisper only half the layers
-        state = {key: value for key, value in state.items() if key in wanted}
-        encoder.load_state_dict({key: value.to(wanted[key].dtype) for key, value in state.items()})
-    return encoder
 
 
 # ---------------------------------------------------------------- S2(2) image encoder
@@ -541,7 +171,7 @@ def _stage(owner, module, *inputs):
 
 # ---------------------------------------------------------------- S2(3) audio feature selector
 def audio_window(frame, spacing, length):
-    """Which audio features frame `frame` hears. The one place where sound and pictures meet.
+    """Which audio features frame `frame` hears. For dubbing, eval and training alike.
 
     Patent: S2(3), frame + spacing * (-length//2 .. length//2).
     Shapes: frame int -> int64 [length], or int tensor [T] -> [T, length]; not clamped to the clip.
@@ -555,7 +185,8 @@ class AudioSelector(nn.Module):
 
     Patent: S2(3), {a_(i-5), ..., a_i, ..., a_(i+5)} for spacing 1 and length 11, or spacing 2.
     Shapes: features [B, L, D] -> [B, L, F, D], or [B, T, F, D] for given frames [B, T] (int).
-    Choice: before the first and after the last feature, these two repeat.
+    Choice: before the first and after the last feature, these two repeat. Training samples hold
+        their windows already (sampling.audio_input does the same to arrays).
     """
 
     def __init__(self, config):
@@ -675,110 +306,7 @@ class ModalityFusion(nn.Module):
         return self.exchange(image, self.encode_audio(audio, amplitude))
 
 
-# ---------------------------------------------------------------- lips, and references that follow
-def mouth_width(points):
-    """Distance of the mouth's corners of the most closed reference, with the frame's head pose.
-
-    Shapes: points [B, R, 2, K, 2] as LipSync takes them -> [B] picture widths.
-    Choice: the unit of LipHead and losses.mouth_loss: a near face moves no more than a far one.
-    """
-    right, left = (points[:, 0, 1, corner] for corner in MOUTH_CORNERS)          # [B, 2]
-    return torch.linalg.vector_norm(left - right, dim=-1).clamp(min=0.02)
-
-
-class LipHead(nn.Module):
-    """Where the lips and the jaw lie, as the sound asks for them.
-
-    Patent: silent; but its S2(4)a-f work on the sound alone.
-    Shapes: tokens [B, F, C] of ModalityFusion.encode_audio, points [B, R, 2, K, 2] picture widths
-        -> lips [B, P, 2] picture widths.
-    Choice: from the frame's own token and the references' lips, with the frame's head pose and in
-        mouth widths; relative to the most closed reference. It learns without pictures (train.py,
-        stage mouth). Source: landmarks between sound and picture are IP-LAP's (Zhong et al. 2023).
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        width, values = config.lip_width, 2 * MOUTH_POINTS
-        self.sound = nn.Linear(config.channels[-1], width)
-        self.shapes = nn.Linear(config.refs * values, width)
-        self.layers = nn.Sequential(
-            nn.LeakyReLU(0.2), nn.Dropout(config.dropout), nn.Linear(width, width),
-            nn.LeakyReLU(0.2), nn.Dropout(config.dropout), nn.Linear(width, values))
-        self.layers[-1].weight.data.mul_(0.1)
-
-    def forward(self, tokens, points):
-        B, F, C = check(tokens, "B F C", "lips.tokens").shape
-        check(points, "B R 2 K 2", "lips.points", B=B)
-        mouths = points[:, :, 1, :MOUTH_POINTS].float()              # [B, R, P, 2]
-        closed = mouths[:, 0]                                        # [B, P, 2]
-        width = mouth_width(points.float())[:, None, None]           # [B, 1, 1]
-        centre = closed.mean(1, keepdim=True)                        # [B, 1, 2]
-        shapes = (mouths - centre[:, None]) / width[:, None]         # [B, R, P, 2] mouth widths
-        shapes = shapes.flatten(1).to(tokens.dtype)                  # [B, R P 2]
-        x = self.sound(tokens[:, F // 2]) + self.shapes(shapes)      # [B, lip_width]
-        moved = self.layers(x).float().unflatten(1, (-1, 2))         # [B, P, 2] mouth widths
-        return check(closed + moved * width, "B P 2", "lips.lips", B=B)
-
-
-class ReferenceWarp(nn.Module):
-    """Each reference's lower half with the frame's head pose and the lips that are wanted.
-
-    Patent: silent; Fig. 7 wants references "without a large gap" to the frame.
-    Shapes: refs [B, R, 3, H, W] 0..1, source [B, R, K, 2] where the points lie, target
-        [B, R, K, 2] where they shall lie, picture widths -> [B, R, 3, H, W] 0..1.
-    Choice: at the nodes of a coarse grid the flow is the mean of source - target, weighted by a
-        narrow Gaussian of the distance to the target plus a little of a wide one, for where no
-        point is near. Bilinear to full size; one bicubic sampling, since a bilinear one blurs.
-        Towards the upper half it fades out.
-    """
-    NODES = 64                                    # in a picture's width: one each 4 px of 256
-    NARROW, WIDE, SHARE = 6 / 256, 40 / 256, 1e-3  # sigmas, picture widths; weight of the wide one
-
-    def forward(self, refs, source, target):
-        B, R, _, H, W = check(refs, "B R 3 H W", "warp.refs").shape
-        check(source, "B R K 2", "warp.source", B=B, R=R)
-        check(target, "B R K 2", "warp.target", B=B, R=R, K=source.shape[2])
-        source = source.flatten(0, 1).float()                        # [BR, K, 2]
-        target = target.flatten(0, 1).float()                        # [BR, K, 2]
-        rows = lower_rows(refs).shape[3]                             # 5/8 H
-        with torch.autocast(refs.device.type, enabled=False):
-            flow = self.flow(source, target)                         # [BR, 2, 40, 64]
-            flow = fn.interpolate(flow, size=(rows, W), mode="bilinear")         # [BR, 2, 5/8 H, W]
-            y = (torch.arange(H - rows, H, device=refs.device) + 0.5) / H
-            x = (torch.arange(W, device=refs.device) + 0.5) / W
-            place = torch.stack(torch.meshgrid(x, y, indexing="xy"))             # [2, 5/8 H, W]
-            grid = (place + flow).permute(0, 2, 3, 1) * 2 - 1        # grid_sample's -1..1
-            lower = fn.grid_sample(refs.flatten(0, 1).float(), grid, mode="bicubic",
-                                   padding_mode="border", align_corners=False).clamp(0, 1)
-        lower = lower.unflatten(0, (B, R))                           # [B, R, 3, 5/8 H, W]
-        moved = torch.cat([refs[:, :, :, :H - rows].float(), lower], 3)
-        return check(moved.to(refs.dtype), "B R 3 H W", "warp.moved", B=B, R=R)
-
-    def flow(self, source, target):
-        """source, target [BR, K, 2] -> [BR, 2, 40, 64] (x, y) towards the source, picture widths"""
-        columns = (torch.arange(self.NODES, device=target.device) + 0.5) / self.NODES    # [64]
-        rows = lower_rows(columns[:, None])[:, 0]                    # [40]
-        x, y = target.unbind(2)                                      # [BR, K]
-        step = source - target                                       # [BR, K, 2]
-        step = torch.cat([step, torch.ones_like(step[..., :1])], 2)  # the 1 sums the weights
-        total = 0
-        for sigma, share in ((self.NARROW, 1.0), (self.WIDE, self.SHARE)):
-            down = gaussian(rows, y, sigma)                          # [BR, 40, K]
-            weighted = down[:, None] * step.mT[:, :, None]           # [BR, 3, 40, K]
-            across = gaussian(columns, x, sigma).mT[:, None]         # [BR, 1, K, 64]
-            total = total + share * weighted @ across                # [BR, 3, 40, 64]
-        flow = total[:, :2] / (total[:, 2:] + 1e-12)
-        fade = ((torch.arange(len(rows), device=target.device) - 1) / 4).clamp(0, 1)
-        return flow * fade[:, None]
-
-
-def gaussian(nodes, places, sigma):
-    """How near each place [BR, K] lies to each node [nodes] -> [BR, nodes, K], 0..1"""
-    distance = nodes[:, None] - places[:, None]
-    return torch.exp(-distance ** 2 / (2 * sigma ** 2))
-
-
+# ---------------------------------------------------------------- S2(5) image decoder
 def smooth_blocks(x, fold):
     """The mean of fold x fold pixels at every place, which wipes out any pattern of that period.
 
@@ -789,15 +317,6 @@ def smooth_blocks(x, fold):
     before, after = (fold - 1) // 2, fold // 2
     padded = fn.pad(x, (before, after, before, after), mode="replicate")
     return fn.avg_pool2d(padded, fold, 1)
-
-
-def lower_rows(x):
-    """The lower 5/8 of the rows: the half that is drawn, and an eighth above for the convolutions.
-
-    Shapes: x [..., h, w] -> [..., 5/8 h, w]: rows 3/8 h to h; 0 to h/2 are given, h/2 to h drawn.
-    Choice: a third less work.
-    """
-    return x[..., 3 * x.shape[-2] // 8:, :]
 
 
 def join_halves(upper, lower, reach=16, width=5):
@@ -815,7 +334,6 @@ def join_halves(upper, lower, reach=16, width=5):
     return (lower + step * share[:, None]).clamp(0, 1)
 
 
-# ---------------------------------------------------------------- S2(5) image decoder
 class SPADE(nn.Module):
     """Spatially adaptive denormalisation: normalise, then scale and shift each place as a map says.
 
@@ -952,9 +470,9 @@ class ImageDecoder(nn.Module):
         H = check(masked, "B 3 H W", "decoder.masked", B=B, H=32 * h, W=32 * w).shape[2]
         x = fused
         for i, (conv, block, skip) in enumerate(zip(self.convs, self.blocks, skips[::-1])):
-            x = fn.interpolate(conv(x), scale_factor=2)              # [B, C_i, 2h, 2w]
+            x = fn.interpolate(conv(x), scale_factor=2)              # twice as high and wide
             skip = lower_rows(skip)                                  # [B, C_i, 5/8 h_i, w_i]
-            x = _stage(self, block, x[:, :, -skip.shape[2]:], skip)
+            x = _stage(self, block, x[:, :, -skip.shape[2]:], skip)  # all rows only at first
             check(x, "B C h w", f"decoder.map{i}", B=B)
         if self.mix is not None:
             draft = self.mix(x, refs)                                # [B, 3, 5/8 H, W]
@@ -1058,68 +576,13 @@ def redraw(net, refs, crops, points, audio, amplitude=1.0):
         return drawn.permute(0, 2, 3, 1).cpu().numpy()
 
 
-# ---------------------------------------------------------------- devices and checkpoints
-def pick_device(name="auto"):
-    """"auto" -> cuda if there is one, else cpu; else the named device; BadInput if it is absent"""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: {first_line(error)}") from None
-
-
-def fast_bfloat16(device):
-    """Whether the device is fast at bfloat16: GPUs, and CPUs with AMX or AVX512-BF16."""
-    able = torch.cpu.get_capabilities()
-    return device.type == "cuda" or bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-
-
-def autocast(device):
-    """Computes in bfloat16 where that is fast; for training, whose weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
-
-
-def save_checkpoint(path, content):
-    """Write plain types and tensors; a kill at any moment leaves the old file or the new one."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"version": VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:      # torch reports a full disk as RuntimeError
-        raise BadInput(f"{path}: cannot be written ({first_line(error)}); "
-                       "the old file is kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path, kind="lipsync"):
-    """What save_checkpoint wrote, on the CPU; BadInput if missing, broken, foreign or newer."""
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such weights file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                             # truncated, no torch file, a pickle with code
-        raise BadInput(f"{path}: not a checkpoint of this project, or damaged") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise BadInput(f"{path}: not a {kind} checkpoint of this project")
-    if content.get("version") != VERSION:
-        raise BadInput(f"{path}: of version {content.get('version')}, this code reads {VERSION}")
-    return content
-
-
 # ---------------------------------------------------------------- python lipsync.py
 def example(config, batch=1):
     """Random inputs of the right shapes: (refs, masked, audio, amplitude, points)"""
-    R, size = config.refs, config.image_size
+    R, K, size = config.refs, 151, config.image_size              # K: any number that has lips
     masked = torch.rand(batch, 3, size, size)
-    points = torch.rand(batch, R, 1, 151, 2) * 0.5 + 0.25
-    points = points + 0.02 * torch.randn(batch, R, 2, 151, 2)
+    points = torch.rand(batch, R, 1, K, 2) * 0.5 + 0.25
+    points = points + 0.02 * torch.randn(batch, R, 2, K, 2)
     refs = torch.rand(batch, R, 3, size, size)
     audio = torch.randn(batch, config.window, config.audio_dim)
     return refs, masked * half_mask(masked), audio, torch.ones(batch), points
@@ -1139,7 +602,7 @@ def gmac(module, *inputs):
 def record(preset):
     """One second of sound and one frame through everything: networks by stage, rows of `trace`."""
     config = dataclasses.replace(PRESETS[preset], audio_encoder="scratch")       # needs no download
-    nets = ScratchEncoder(config.audio_dim), AudioSelector(config), LipSync(config)
+    nets = build_audio_encoder(config), AudioSelector(config), LipSync(config)
     audio_encoder, selector, net = nets
     with trace() as rows, torch.no_grad():
         features = audio_encoder(torch.zeros(1, SAMPLE_RATE))        # [1, L, D]

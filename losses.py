@@ -1,20 +1,22 @@
 """The five losses of S3 and the discriminator that the last of them needs.
 
-total = w_rec * reconstruction + w_sync * sync + w_lip * lip reading
-        + w_perceptual * perceptual + w_gan * GAN
+total = rec_weight * reconstruction + coarse_weight * coarse + sync_weight * sync
+        + lip_weight * lip reading + perceptual_weight * perceptual + gan_weight * adversarial
 
 loss            code                  patent  formula, in plain text
 sync            sync_loss             S3(1)   BCE(a . v / max(|a| |v|, 1e-6), label)
-lip reading     lip_reading_loss      S3(2)   -text log p(text | video)
-reconstruction  reconstruction_loss   S3(3)   mean |output - target|
+lip reading     lip_reading_loss      S3(2)   -mean log p(token | video, tokens before)
+reconstruction  reconstruction_loss   S3(3)   mean |I_o - I_r|
+coarse          the same              -       of means of 4 x 4 pixels (Choice)
 perceptual      PerceptualLoss        S3(4)   sum_i |VGG_i(I_o) - VGG_i(I_r)| / (W_i H_i C_i)
-adversarial     Discriminator,        S3(5)
-                  discriminator_loss          mean log(1 - disc_j(I_o)) + mean log disc_j(I_r)
-                  generator_loss              mean log(1 - disc_j(I_o))
+adversarial     Discriminator,        S3(5)   patent's: to be lowered by the generator,
+                  generator_loss                mean log(1 - disc_j(I_o)), and raised by
+                  discriminator_loss            the discriminator, + mean log disc_j(I_r)
+mouth           mouth_loss            -       mean |lips - true lips| / mouth width (stage mouth)
 
-Letters as in lipsync.py. I_o is the picture made, I_r the true one. Pictures are RGB, 0..1. Every
-loss is a float32 scalar, also under autocast, averaged over the batch. The weights w live in
-train.py's config; the experts that make a, v and p in experts.py.
+Letters as in common.py. I_o is the picture made, I_r the true one. Pictures are RGB, 0..1. Every
+loss is a float32 scalar, also under autocast, averaged over the batch. The weights are flags
+(options.TrainConfig); a and v are made by experts.SyncXNet, p by lipreader.LipReader.
 """
 import torch
 import torchvision
@@ -22,7 +24,8 @@ from torch import nn
 from torch.nn import functional as fn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lipsync import LIP_POINTS, BadInput, check
+from common import BadInput, check
+from lips import LIP_POINTS
 
 EPSILON = 1e-6  # least denominator, S3(1); how near to 0 and 1 a cosine may come in a log
 STEEPEST = 100.0  # slope of the sync loss, per unit of cosine: that of log at 0.01

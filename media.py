@@ -5,18 +5,22 @@
     sound        | read_audio                                        | S11: 16 kHz
     pictures     | read_frames, read_picture, frames_at              | S11: 25 fps
     writing      | VideoWriter                                       | -
+    dubbing      | play: forward, backward, forward; ahead: a thread | -
 
-Letters as in lipsync.py. Pictures are uint8 RGB, sound is float32, -1..1.
+Letters as in common.py. Pictures are uint8 RGB, sound is float32, -1..1.
 """
 
+import collections
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import wave as wave_file
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +28,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from lipsync import FPS, SAMPLE_RATE, BadInput
+from common import FPS, SAMPLE_RATE, BadInput
 
 VIDEO_SUFFIXES = set(
     ".3gp .amv .asf .avi .divx .dv .f4v .flv .gif .m1v .m2ts .m2v .m4v .mkv .mov .mp4 "
@@ -38,6 +42,10 @@ SAFE_FORMATS = (
     "j2k_pipe,jpeg_pipe,png_pipe,tiff_pipe,webp_pipe,webp_anim,ivf,m4v,mjpeg,obu,y4m,yuv4mpegpipe"
 )
 MOST_PICTURE_BYTES = 1 << 28  # a longer file is no picture
+SWING = 60 * FPS  # frames at a long video's end between which a longer sound swings,
+SWING_BYTES = 8 << 30  # but no more than these, uncompressed: 14 s of 4K (on disk about half)
+CHUNK_BYTES = 64 << 20  # backward play reads so much at a time
+QUEUE = 12  # items that wait between two threads
 EXACT = "accurate_rnd+full_chroma_int+bicubic"  # swscale's default truncates: a level too dark
 # A time over ten minutes after the last one is damage: filling the gap would take hours.
 NO_JUMP = "select='not(gt(t-if(isnan(prev_selected_t),0,prev_selected_t),600))'"
@@ -365,3 +373,68 @@ def to_int16(wave):
 def hash_of(text):
     digest = hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big")
+
+
+# ---- the frames again, also backwards; in a thread -----------------------------------------------
+def ahead(source):
+    """The items of the generator `source`, which runs in a thread, at most QUEUE items ahead."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        coming = collections.deque(pool.submit(next, source, None) for _ in range(QUEUE))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, source, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+        source.close()
+
+
+def play(video, T, count):
+    """Yields (t, frame) `count` times: forward, backward, forward ... through the T frames, never a
+    jump. A long video swings through its last SWING frames only (or SWING_BYTES).
+
+    A file is read forwards only, frames known by their number: seeking and decoding twice are not
+    to be trusted. What swings is read from a lossless copy in a temporary folder."""
+    with contextlib.ExitStack() as stack:
+        copy = None
+        if count > T:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            copy = VideoWriter(f"{folder}/copy.mkv", lossless=True)
+        with copy or contextlib.nullcontext():
+            for t, frame in enumerate(hold_last(video, min(T, count))):
+                first = max(0, T - min(SWING, SWING_BYTES // frame.nbytes))
+                if copy and t >= first:
+                    copy.write(frame)
+                yield t, frame
+        swing = itertools.cycle([*range(T - 2, first, -1), *range(first, T)])
+        order = list(itertools.islice(swing, max(0, count - T)))
+        chunk = max(1, CHUNK_BYTES // frame.nbytes)
+        for i in range(0, len(order), chunk):
+            wanted = order[i:i + chunk]
+            low, high = min(wanted), max(wanted) + 1
+            pictures = read_copy(copy.path, low - first, high - first, frame.shape)
+            for t in wanted:
+                yield t, pictures[t - low]
+
+
+def hold_last(video, T):
+    """The first T frames of a video; if it now gives fewer, the last one is held."""
+    with contextlib.closing(read_frames(video)) as source:
+        t = 0
+        for t, frame in enumerate(itertools.islice(source, T), 1):
+            yield frame
+        if t == 0:
+            raise BadInput(f"{video}: changed while it was being read")
+        for _ in range(T - t):
+            yield frame
+
+
+def read_copy(path, low, high, shape):
+    """Frames low .. high-1 of our own lossless copy -> uint8 [n, H, W, 3]"""
+    H, W = shape[:2]
+    padded = (H + H % 2, W + W % 2, 3)  # VideoWriter makes sides even
+    start_s = max(0, low - 0.5) / FPS
+    command = [ffmpeg_exe(), "-v", "error", "-nostdin", "-ss", str(start_s), "-i", f"file:{path}",
+               "-frames:v", str(high - low), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    content = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    return np.frombuffer(content, np.uint8).reshape(-1, *padded)[:, :H, :W]

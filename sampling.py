@@ -4,8 +4,10 @@
     text, noise  | encode_text, corrupt_sound               | S3(2), S3(1)
     samples      | ClipDataset, MouthSamples                | S2(2), S2(3), Fig. 7: references
     for experts  | SyncDataset, SentenceDataset             | S3(1), S3(2)
+    whole clips  | clip_points, clip_audio, predict_landmarks, lower_halves | -
 
-Letters as in lipsync.py. Pictures are uint8 RGB, points float32 (x, y) pixels.
+Letters as in common.py. Pictures are uint8 RGB, points float32
+(x, y, depth) pixels.
 """
 
 import dataclasses
@@ -23,8 +25,9 @@ from tqdm import tqdm
 import data
 import faces
 import lipsync
-from lipsync import MEL_PER_FRAME, N_MELS, SAMPLE_RATE, BadInput, audio_window, log_mel
-
+from audio import MEL_PER_FRAME, N_MELS, log_mel
+from common import SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput
+from lipsync import audio_window
 
 # ---- text and noise (S3): tokens of a sentence, other rooms and microphones ----------------------
 BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes: begin, end, nothing (also CTC's blank)
@@ -101,16 +104,16 @@ def at_time(series, late):
     return series[times.clip(0, len(series) - 1)]
 
 
-def load_in_sync(info, features, offsets):
-    """-> Clip and its features [T, D] (None without a key), both moved from the sound's time to
-    the lips' by offsets {source: frames that the sound is late}"""
+def load_in_sync(info, features_key, offsets):
+    """-> Clip and its features [T, D] (None without a key). Features and mel, not the wave, are
+    moved from the sound's time to the lips' by offsets {source: frames that the sound is late}."""
     late = offsets.get(info.source, 0)
     clip = data.load_clip(info.path)
     mel = at_time(clip.mel.T, late * MEL_PER_FRAME).T
     clip = dataclasses.replace(clip, mel=mel)
-    if not features:
+    if not features_key:
         return clip, None
-    path = feature_path(info.path, features)
+    path = feature_path(info.path, features_key)
     with data.naming(path):
         return clip, at_time(np.load(path), late)
 
@@ -141,14 +144,16 @@ class ClipDataset(torch.utils.data.Dataset):
         and brightness.
     Shapes: sample = dict of
         refs [R, 3, H, W] uint8, target [S, 3, H, W] uint8 (masked = its upper half),
-        points [S, R, 2, K, 2], lips [S, P, 2] float32 picture widths (see LipSync.forward),
+        points [S, R, 2, K, 2], lips (and jaw) [S, P, 2] float32 picture widths (see LipSync),
         audio [S, F, D] float32 selected features (frozen encoder), or mel [80, 4 x 125] and
         window [S, F] int64 (scratch),
-        sync [S, D] or [80, 4S] the sound of just these frames for the sync expert, in_sync bool,
+        sync [S, D] or [80, 4S] the sound of frames start .. start+S-1 for the sync expert, in_sync
+        bool: these are the frames shown; else sync and lip losses leave the sample out,
         mouth [S, 4] int64 box (x0, y0, x1, y1) of the lips with a margin, px,
-        amplitude [S], gamma, brightness float32, flip bool, clip int64, start int64.
-        features: key of the frozen encoder's files (feature_path); None: scratch, from the mel.
-        offsets {source: frames}: by how much a video's own sound is late.
+        amplitude [S], gamma, brightness float32 (train.shade applies them), flip bool, clip int64,
+        start int64.
+    features_key: names the frozen encoder's files (feature_path); None: scratch, from the mel.
+    offsets {source: frames}: by how much a video's own sound is late.
     Choice: sample i depends on (seed, i) only, so a resumed run sees what it would have seen. In
         a share of the samples frame t's sound is paired, within the clip, with the picture whose
         mouth is a times as open as at t, and a is the amplitude. In the first `spread` samples the
@@ -158,12 +163,13 @@ class ClipDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, infos, config, group=5, seed=0, amplitude_share=0.3, random_refs=False,
-                 features=None, sync_audio=None, offsets=None, spread=0):
+                 features_key=None, sync_audio=None, offsets=None, spread=0):
         if not infos:
             raise BadInput("no clips to train on: is DIR right, and were clips kept?")
         self.infos, self.config, self.group, self.seed = list(infos), config, group, seed
         self.amplitude_share, self.random_refs = amplitude_share, random_refs
-        self.features, self.sync_audio = features, sync_audio or ("features" if features else "mel")
+        self.features_key = features_key
+        self.sync_audio = sync_audio or ("features" if features_key else "mel")
         self.offsets, self.spread = offsets or {}, spread
         self.chances = draw_chances(self.infos)
         self.broken = set()
@@ -185,7 +191,7 @@ class ClipDataset(torch.utils.data.Dataset):
             if info.path in self.broken or info.frames < self.group + 12:
                 continue
             try:
-                return number, *load_in_sync(info, self.features, self.offsets)
+                return number, *load_in_sync(info, self.features_key, self.offsets)
             except BadInput as error:
                 self.broken.add(info.path)
                 tqdm.write(f"skipped from now on: {error}")
@@ -296,11 +302,12 @@ def bend(pictures, points, rng):
 
 
 def pair_amplitude(clip, heard, rng):
-    """For the sound of frames `heard` [S]: pictures whose mouth is a times as open, a random.
+    """For the sound of frames `heard` [S]: frames `shown` [S] with another opening.
 
-    -> shown [S], a float32 [S]"""
+    Each comes near, with like width and head turn, to a random multiple of the opening heard.
+    -> shown [S], a float32 [S]: how many times as open they are, 0.3..2; 1 where heard is shut"""
     gap, width, _ = faces.mouth_shape(clip.landmarks).T  # [T] each, px
-    looks = np.column_stack([gap, width, faces.head_pose(clip.landmarks)])  # [T, 4]
+    looks = np.column_stack([gap, width, faces.head_turn(clip.landmarks)])  # [T, 4]
     looks /= looks.std(0) + 1e-6
     wanted = looks[heard]  # [S, 4]
     wanted[:, 0] *= rng.uniform(0.4, 1.7)
@@ -322,25 +329,30 @@ class MouthSamples:
         lips [B, P, 2] picture widths, amplitude [B].
     Choice: the lips of a sample are the true ones, scaled by its amplitude about the closed mouth
         (the most closed reference): so the coefficient means opening. `quiet_share` of the frames
-        are drawn from the softest tenth of their clip, so that silence closes the mouth. Mirrored
-        at random. batch(step) depends on (seed, step) only.
+        are drawn from the softest tenth of their clip; `silent_share` of the clips are given
+        digital silence and the closed mouth. Mirrored at random. batch(step) depends on (seed,
+        step) only.
+    silence: the frozen encoder's features of 5 s of silence [125, D]; None: scratch.
     """
 
-    def __init__(self, infos, config, features, seed=0, offsets=None, quiet_share=0.15,
-                 amplitude_share=0.5):
-        self.config, self.seed = config, seed
-        self.quiet_share, self.amplitude_share = quiet_share, amplitude_share
-        self.infos, self.clips = [], []
+    def __init__(self, infos, config, features_key, seed=0, offsets=None, silence=None,
+                 quiet_share=0.15, silent_share=0.1, amplitude_share=0.5):
+        self.config, self.seed, self.silence = config, seed, silence
+        self.quiet_share, self.silent_share = quiet_share, silent_share
+        self.amplitude_share = amplitude_share
+        self.silent_mel = log_mel(np.zeros(data.CLIP_FRAMES * SAMPLES_PER_FRAME)).numpy()
+        self.infos, self.clips, offsets = [], [], offsets or {}
         for info in tqdm(infos, desc="landmarks", unit="clip", leave=False):
             if info.frames <= config.window + 1:
                 continue
             try:
-                clip, heard = load_in_sync(info, features, offsets or {})
+                clip, features = load_in_sync(info, features_key, offsets)
             except BadInput as error:
                 tqdm.write(f"skipped: {error}")
                 continue
+            loud = at_time(loudness(clip), offsets.get(info.source, 0))
             self.infos.append(info)
-            self.clips.append((clip.landmarks, clip.mel, heard, loudness(clip)))
+            self.clips.append((clip.landmarks, clip.mel, features, loud))
         if not self.clips:
             raise BadInput("no clips to train on: is DIR right, and were clips kept?")
         self.chances = draw_chances(self.infos)
@@ -368,6 +380,7 @@ class MouthSamples:
         at = np.where(is_quiet, rng.choice(quiet, frames), anywhere)  # [frames]
         if rng.random() < 0.5:
             landmarks = mirror(landmarks)
+        # Not all of `at`: a short clip would have hardly a reference left.
         refs = faces.select_references(landmarks, self.config.refs, exclude=at[:1], rng=rng)
         points = faces.place_points(landmarks[refs], landmarks[at])  # [frames, R, 2, K, 2]
         closed = points[:, 0, 1, faces.MOUTH]  # [frames, P, 2]
@@ -376,6 +389,8 @@ class MouthSamples:
         if rng.random() < self.amplitude_share:
             amplitude[:] = rng.uniform(0.4, 1.8)
         lips = closed + amplitude * (true - closed)
+        if rng.random() < self.silent_share:
+            lips, mel, features = closed, self.silent_mel, self.silence
         return dict(points=points, lips=lips, amplitude=amplitude[:, 0, 0],
                     **audio_input(self.config, at, mel, features))
 
@@ -435,7 +450,8 @@ class SyncDataset(ClipDataset):
         pictures = lower_halves(clip, range(start, start + S))
         if rng.random() < 0.5:
             pictures = pictures[..., ::-1].copy()
-        series, each = self.series(clip, features, rng)
+        late = self.offsets.get(self.infos[number].source, 0)
+        series, each = self.series(clip, features, late, rng)
         pieces = [series[i * each:(i + S) * each] for i in (start, *negatives)]
         sound = np.stack(pieces).astype(np.float32)  # [1+4, S, D]
         if self.sync_audio == "mel":
@@ -443,15 +459,19 @@ class SyncDataset(ClipDataset):
         return as_tensors(
             dict(pictures=pictures, sound=sound[0], negatives=sound[1:], clip=number))
 
-    def series(self, clip, features, rng):
+    def series(self, clip, features, late, rng):
         """-> the sound over time [T, D] or [4T, 80], and its rows a frame"""
         noisy = rng.random() < 0.5
         if self.sync_audio == "features":
             if noisy:
-                features = np.load(feature_path(clip.path, self.features, noisy=True))
+                path = feature_path(clip.path, self.features_key, noisy=True)
+                features = at_time(np.load(path), late)
             return features, 1
-        mel = log_mel(corrupt_sound(clip.sound(), rng)).numpy() if noisy else clip.mel
-        return mel.T, MEL_PER_FRAME
+        mel = clip.mel.T
+        if noisy:
+            heard = log_mel(corrupt_sound(clip.sound(), rng))
+            mel = at_time(heard.numpy().T, late * MEL_PER_FRAME)
+        return mel, MEL_PER_FRAME
 
 
 class SentenceDataset(ClipDataset):

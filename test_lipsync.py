@@ -26,17 +26,27 @@ import soundfile
 import torch
 from torch.nn import functional as fn
 
+import audio
+import common
 import data
 import experts
 import faces
 import infer
+import lipreader
+import lips
 import lipsync
+import loop
 import losses
 import media
+import options
 import sampling
 import train
-from bench import drawn, evaluate, progress
-from lipsync import AudioSelector, Config, ImageEncoder, LipSync, ModalityFusion, SPADE, check
+import watch
+from audio import (ScratchEncoder, WhisperEncoder, in_windows, level_sound, log_mel,
+                   parse_audio_encoder)
+from bench import drawn, evaluate, metrics, progress
+from lips import LipHead, ReferenceWarp, lower_rows
+from lipsync import SPADE, AudioSelector, Config, ImageEncoder, LipSync, ModalityFusion, check
 
 HERE = pathlib.Path(__file__).parent
 B, S, R, F, D = 2, 3, 4, 5, 24                   # all different, so that swapped axes cannot hide
@@ -82,7 +92,7 @@ def test_check_names_the_tensor_the_axes_expected_and_the_shape_got():
 
 def test_trace_records_what_really_passed_and_only_while_it_is_on():
     net = LipSync(CONV).eval()
-    with lipsync.trace() as rows, torch.no_grad():
+    with common.trace() as rows, torch.no_grad():
         net(*inputs(CONV))
     assert ("lipsync.refs", "B R 3 H W", (B, R, 3, 64, 64)) in rows
     assert rows[-1] == ("decoder.picture", "B 3 H W", (B, 3, 64, 64))
@@ -96,7 +106,7 @@ def test_python_lipsync_prints_shapes_parameters_and_macs():
     assert "1 3 3 256 256" in out and "1 11 512" in out
     net = LipSync(lipsync.PRESETS["edge"])
     count = sum(p.numel() for p in net.parameters()) + sum(
-        p.numel() for p in lipsync.ScratchEncoder(512).parameters()
+        p.numel() for p in ScratchEncoder(512).parameters()
     )
     assert out.splitlines()[-1].split()[:2] == ["sum", f"{count:,}"]
 
@@ -111,6 +121,18 @@ def test_the_readmes_diagram_shows_tensors_that_the_trace_has_seen_and_it_stays_
     assert shown <= {axes for _, axes, _ in rows}, shown - {axes for _, axes, _ in rows}
 
 
+def test_the_readme_lists_every_file_and_names_only_what_exists():
+    readme = (HERE / "README.md").read_text()
+    files = {path.name for path in HERE.glob("*.py")}
+    assert files <= set(re.findall(r"`(\w+\.py)`", readme.split("## The network")[0]))
+    modules = {module.__name__: module for module in (audio, data, experts, faces, lipreader,
+                                                      lipsync, losses, media, train)}
+    named = [(module, name) for module, name in re.findall(r"`(\w+)\.(\w+)`", readme)
+             if module in modules and name != "py"]
+    assert len(named) >= 12
+    assert all(hasattr(modules[module], name) for module, name in named), named
+
+
 WITH_SHAPES = """
     log_mel level_sound in_windows encode_batch build_audio_encoder half_mask fold_pixels lower_rows
     audio_window attention position_code mouth_width smooth_blocks join_halves redraw mouth_loss
@@ -120,7 +142,7 @@ WITH_SHAPES = """
 
 def test_every_class_and_function_says_what_is_the_patents_and_what_is_ours():
     import inspect
-    for module in (lipsync, losses):
+    for module in (audio, lips, lipsync, losses):
         for name, thing in vars(module).items():
             if getattr(thing, "__module__", "") != module.__name__ or name in ("main", "example"):
                 continue
@@ -140,7 +162,7 @@ def test_no_line_is_longer_than_100_columns():
 
 # ---------------------------------------------------------------- S2(1) audio encoders
 def test_scratch_encoder_gives_25_features_a_second_that_hear_only_their_neighbourhood():
-    encoder = lipsync.ScratchEncoder(D).eval()
+    encoder = ScratchEncoder(D).eval()
     for seconds in (0.1, 1, 2.02):
         assert encoder(torch.zeros(2, int(16000 * seconds))).shape == (2, round(25 * seconds), D)
     mel = torch.randn(1, 80, 200)
@@ -153,12 +175,12 @@ def test_scratch_encoder_gives_25_features_a_second_that_hear_only_their_neighbo
 def small_whisper():
     torch.manual_seed(1)
     dims = dict(n_mels=80, n_audio_ctx=1500, n_audio_state=D, n_audio_head=2, n_audio_layer=4)
-    return lipsync.WhisperEncoder(dims)
+    return WhisperEncoder(dims)
 
 
 def test_a_whisper_that_hears_other_mel_bands_is_refused():
-    with pytest.raises(lipsync.BadInput, match="128 mel bands"):     # large-v3
-        lipsync.WhisperEncoder(dict(n_mels=128, n_audio_ctx=1500, n_audio_state=D, n_audio_head=2,
+    with pytest.raises(common.BadInput, match="128 mel bands"):     # large-v3
+        WhisperEncoder(dict(n_mels=128, n_audio_ctx=1500, n_audio_state=D, n_audio_head=2,
                                     n_audio_layer=4))
 
 
@@ -175,13 +197,13 @@ def test_long_sound_is_encoded_in_windows_whose_seams_are_blended():
     wave = torch.linspace(-1, 1, seconds * 16000)
     # a feature that knows no window
     plain = lambda piece: piece.unflatten(0, (-1, 640)).mean(1, keepdim=True)
-    whole = lipsync.in_windows(plain, wave)
+    whole = in_windows(plain, wave)
     assert whole.shape == (seconds * 25, 1) and torch.allclose(whole, plain(wave), atol=1e-5)
     lengths = []
-    lipsync.in_windows(lambda piece: (lengths.append(len(piece)), plain(piece))[1], wave)
+    in_windows(lambda piece: (lengths.append(len(piece)), plain(piece))[1], wave)
     assert max(lengths) == 30 * 16000
     stepped = iter(range(100))
-    ramp = lipsync.in_windows(
+    ramp = in_windows(
         lambda piece: torch.full((len(piece) // 640, 1), float(next(stepped))), wave
     )
     # window 0 fades into window 1: never a step
@@ -206,7 +228,7 @@ def test_features_beside_a_seam_are_those_of_a_window_centred_there():
                           ("hubert", ("hubert", "facebook/hubert-base-ls960")),
                           ("facebook/wav2vec2-base", ("wav2vec2", "facebook/wav2vec2-base"))])
 def test_audio_encoder_names_are_understood(text, expected):
-    assert lipsync.parse_audio_encoder(text) == expected
+    assert parse_audio_encoder(text) == expected
 
 
 def test_whisper_loads_from_full_and_encoder_only_files_and_a_missing_one_says_what_to_do(tmp_path):
@@ -220,13 +242,13 @@ def test_whisper_loads_from_full_and_encoder_only_files_and_a_missing_one_says_w
         again = lipsync.build_audio_encoder(Config(audio_encoder=str(path)))
         assert torch.equal(again(wave), encoder(wave))
     (tmp_path / "wrong.pt").write_text("no weights")
-    with pytest.raises(lipsync.BadInput, match="--audio-encoder scratch"):
+    with pytest.raises(common.BadInput, match="--audio-encoder scratch"):
         lipsync.build_audio_encoder(Config(audio_encoder=str(tmp_path / "wrong.pt")))
 
 
 def test_a_missing_package_is_named_with_its_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(lipsync.BadInput, match="pip install transformers"):
+    with pytest.raises(common.BadInput, match="pip install transformers"):
         lipsync.build_audio_encoder(Config(audio_encoder="hubert"))
 
 
@@ -343,13 +365,13 @@ def test_the_draft_takes_shade_from_all_references_and_detail_from_one():
     mix.conv.bias.data[:] = torch.tensor([0.0, 1.0])                              # 0.27 and 0.73
     draft = mix(torch.randn(1, 5, 10, 16), flat + detail)
     assert (draft.mean() - (0.27 * 0.3 + 0.73 * 0.6)).abs() < 0.01
-    apart = [(draft - draft.mean() - one).std() for one in lipsync.lower_rows(detail)[0]]
+    apart = [(draft - draft.mean() - one).std() for one in lower_rows(detail)[0]]
     assert apart[1] < 0.2 * apart[0]
 
 
 def test_lower_rows_are_the_lower_half_and_an_eighth_above():
     x = torch.arange(16.0)[:, None].expand(16, 3)
-    assert lipsync.lower_rows(x)[:, 0].tolist() == list(range(6, 16))
+    assert lower_rows(x)[:, 0].tolist() == list(range(6, 16))
 
 
 def test_folding_pixels_is_torchs_pixel_unshuffle():
@@ -382,7 +404,7 @@ def grid_points(count=12):
 
 def test_points_that_stay_leave_the_picture_as_it_is():
     refs, points = torch.rand(B, R, 3, 64, 64), torch.rand(B, R, 50, 2)
-    assert (lipsync.ReferenceWarp()(refs, points, points) - refs).abs().max() < 1e-3
+    assert (ReferenceWarp()(refs, points, points) - refs).abs().max() < 1e-3
 
 
 def test_a_dot_moves_where_its_point_is_told_to_go():
@@ -390,7 +412,7 @@ def test_a_dot_moves_where_its_point_is_told_to_go():
     picture = torch.exp(-((columns - 120.5) ** 2 + (rows - 180.5) ** 2) / 18)
     source = grid_points()
     target = source + torch.tensor([10 / 256, -6 / 256])
-    moved = lipsync.ReferenceWarp()(picture.expand(1, 1, 3, 256, 256), source, target)[0, 0, 0]
+    moved = ReferenceWarp()(picture.expand(1, 1, 3, 256, 256), source, target)[0, 0, 0]
     centre = (columns * moved).sum() / moved.sum(), (rows * moved).sum() / moved.sum()
     assert abs(centre[0] - 130.5) < 0.5 and abs(centre[1] - 174.5) < 0.5
 
@@ -406,7 +428,7 @@ def test_a_turned_picture_comes_back_upright():
     upright = grid_points(40)
     # where the upright picture's points lie in the turned one
     source = (upright - 0.5) @ turn + 0.5
-    back = lipsync.ReferenceWarp()(turned[None], source, upright)[0]
+    back = ReferenceWarp()(turned[None], source, upright)[0]
     inner = (slice(None), slice(None), slice(140, 200), slice(60, 196))
     assert (
         (back[inner] - smooth[inner]).abs().mean()
@@ -424,7 +446,7 @@ def test_gradients_reach_the_lips_through_the_warp():
 
 def test_half_precision_does_not_shake_the_warp():
     refs, points = torch.rand(B, R, 3, 64, 64), torch.rand(B, R, 50, 2)
-    warp, target = lipsync.ReferenceWarp(), points + 0.02
+    warp, target = ReferenceWarp(), points + 0.02
     exact = warp(refs, points, target)
     with torch.autocast("cpu", torch.bfloat16):
         assert (warp(refs, points, target) - exact).abs().max() < 2e-3
@@ -432,13 +454,13 @@ def test_half_precision_does_not_shake_the_warp():
 
 def test_the_upper_half_of_a_reference_stays():
     refs, points = torch.rand(B, R, 3, 64, 64), torch.rand(B, R, 50, 2)
-    moved = lipsync.ReferenceWarp()(refs, points, points + 0.05)
+    moved = ReferenceWarp()(refs, points, points + 0.05)
     assert torch.equal(moved[:, :, :, :24], refs[:, :, :, :24])
     assert not torch.equal(moved[:, :, :, 40:], refs[:, :, :, 40:])
 
 
 def test_the_lips_are_said_in_mouth_widths_relative_to_the_most_closed_reference():
-    head, tokens = lipsync.LipHead(CONV).eval(), torch.randn(B, F, 40)
+    head, tokens = LipHead(CONV).eval(), torch.randn(B, F, 40)
     points = moving(CONV)[4]
     with torch.no_grad():
         near, far = head(tokens, points), head(tokens, 0.5 * points + 0.2)
@@ -449,7 +471,7 @@ def test_the_lips_are_said_in_mouth_widths_relative_to_the_most_closed_reference
 
 
 def test_the_lips_depend_on_the_frames_own_token_and_on_every_references_mouth():
-    head = lipsync.LipHead(CONV).eval()
+    head = LipHead(CONV).eval()
     tokens, points = torch.randn(B, F, 40, requires_grad=True), moving(CONV)[4].requires_grad_()
     head(tokens, points).square().sum().backward()
     heard = tokens.grad.abs().sum((0, 2)) > 0
@@ -510,20 +532,20 @@ def test_soft_speech_and_a_far_click_give_the_same_features_as_speech_alone():
     speech = drawn.synthesize(drawn.Speaker.draw(1), drawn.syllable_timeline(rng, 14.0)[2], rng)
     soft, clicked = speech * 10 ** (-30 / 20), speech.copy()
     clicked[-1000:-900] = 0.99
-    exact = lipsync.log_mel(lipsync.level_sound(speech))
+    exact = log_mel(level_sound(speech))
     near = slice(0, 400)                          # the first 4 s, 10 s before the click
     for other in (soft, clicked):
-        assert (lipsync.log_mel(lipsync.level_sound(other)) - exact)[:, near].abs().max() < 0.03
-    assert lipsync.level_sound(np.zeros(16000)).abs().max() == 0
-    assert lipsync.level_sound(speech).abs().max() <= 1
+        assert (log_mel(level_sound(other)) - exact)[:, near].abs().max() < 0.03
+    assert level_sound(np.zeros(16000)).abs().max() == 0
+    assert level_sound(speech).abs().max() <= 1
 
 
 def test_log_mel_is_whispers_but_for_a_floor_that_does_not_move():
     import whisper
     rng = np.random.default_rng(0)
-    wave = lipsync.level_sound(drawn.synthesize(drawn.Speaker.draw(1),
+    wave = level_sound(drawn.synthesize(drawn.Speaker.draw(1),
                                                 drawn.syllable_timeline(rng, 3.0)[2], rng))
-    ours, theirs = lipsync.log_mel(wave), whisper.log_mel_spectrogram(wave)
+    ours, theirs = log_mel(wave), whisper.log_mel_spectrogram(wave)
     loud = (theirs > theirs.min() + 0.05) & (ours > ours.min() + 0.05)
     assert ours.shape == theirs.shape and (ours - theirs)[loud].abs().max() < 1e-3
 
@@ -583,7 +605,7 @@ def test_wrong_inputs_are_refused_by_name():
                        "decoder.fused": lambda: net.decoder(image[:, :3], skips, refs, masked),
                        "decoder.spade_map": lambda: SPADE(4, 3, 2)(torch.zeros(1, 4, 5, 6),
                                                                    torch.zeros(1, 3, 6, 5)),
-                       "audio.wave": lambda: lipsync.ScratchEncoder(4)(torch.full((1, 16000),
+                       "audio.wave": lambda: ScratchEncoder(4)(torch.full((1, 16000),
                                                                                   300.0))}.items():
         with pytest.raises(ValueError, match=name):
             call()
@@ -657,10 +679,10 @@ def test_sync_loss_stays_finite_for_zero_equal_and_orthogonal_embeddings():
         torch.tensor([[1.0, 0, 0]] * 2),
         torch.tensor([[0, 1.0, 0]] * 2),
     )
-    for audio, video, label in ((zero, one, 1), (zero, zero, 1), (one, one, 0), (one, other, 1),
+    for sound, video, label in ((zero, one, 1), (zero, zero, 1), (one, one, 0), (one, other, 1),
                                 (one, one, 1)):
         video = video.clone().requires_grad_()
-        loss = losses.sync_loss(audio, video, label)
+        loss = losses.sync_loss(sound, video, label)
         loss.backward()
         assert 0 <= loss.item() < 13.9 and video.grad.isfinite().all()
 
@@ -780,7 +802,7 @@ def test_vgg_weights_come_from_a_file_and_a_foreign_file_is_refused(tmp_path):
     torch.save({"x": 1}, tmp_path / "other.pth")
     for name, words in (("text.pth", "not VGG-19"), ("other.pth", "not VGG-19"),
                         ("missing.pth", "cannot be read")):
-        with pytest.raises(lipsync.BadInput, match=words) as caught:
+        with pytest.raises(common.BadInput, match=words) as caught:
             losses.PerceptualLoss(str(tmp_path / name))
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
@@ -790,7 +812,7 @@ def test_imagenet_weights_without_a_network_name_the_remedy(monkeypatch, tmp_pat
         raise urllib.error.URLError("no network")
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(lipsync.BadInput, match="--vgg FILE") as caught:
+    with pytest.raises(common.BadInput, match="--vgg FILE") as caught:
         losses.PerceptualLoss("imagenet")
     assert "vgg19-dcbb9e9d.pth" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -874,7 +896,7 @@ def test_a_frozen_sync_expert_passes_the_gradient_on_to_the_pictures():
 
 def test_small_experts_keep_to_their_budget():
     assert sum(p.numel() for p in experts.SyncXNet("small").parameters()) <= 1.5e6
-    assert sum(p.numel() for p in experts.LipReader("small").parameters()) <= 2e6
+    assert sum(p.numel() for p in lipreader.LipReader("small").parameters()) <= 2e6
 
 
 def test_full_sync_expert_is_a_resnext_with_fifteen_input_planes():
@@ -889,9 +911,9 @@ def test_full_sync_expert_is_a_resnext_with_fifteen_input_planes():
 
 def test_mouth_view_averages_pixel_pairs_and_leaves_a_view_alone():
     pictures = torch.rand(2, 3, 3, 128, 256)
-    view = experts.mouth_view(pictures, 40)
+    view = lipreader.mouth_view(pictures, 40)
     assert torch.allclose(view[1, 2, 0, 0, 0], pictures[1, 2, 0, 8:10, 48:50].mean())
-    assert experts.mouth_view(view, 40) is view
+    assert lipreader.mouth_view(view, 40) is view
 
 
 def test_sync_curve_finds_how_late_the_sound_is():
@@ -956,7 +978,7 @@ def test_measure_offset_manages_with_few_frames_that_show_a_face():
 
 def test_measure_offset_says_when_there_is_nothing_to_measure():
     for frames, found in ((3, None), (20, torch.arange(20) % 3 > 0)):
-        with pytest.raises(lipsync.BadInput, match="nothing to measure"):
+        with pytest.raises(common.BadInput, match="nothing to measure"):
             experts.measure_offset(Twins(), torch.zeros(frames, 3, 4, 8), torch.zeros(frames, 2),
                                    found)
 
@@ -964,7 +986,7 @@ def test_measure_offset_says_when_there_is_nothing_to_measure():
 def test_an_opening_that_follows_the_voice_correlates_with_it_and_rests_in_pauses():
     # a second of voice, a second of silence, twice
     voice = np.repeat([0.3, 0, 0.3, 0], 25)
-    wave = np.repeat(voice, lipsync.SAMPLES_PER_FRAME)
+    wave = np.repeat(voice, common.SAMPLES_PER_FRAME)
     found = np.arange(100) != 3
     result = experts.measure_opening(np.where(found, 1 + 30 * voice, 12), wave, found)
     assert result["r_loudness"] > 0.95
@@ -1052,11 +1074,11 @@ def test_text_survives_encoding_in_any_language():
                          [("kitten", "sitting", 3 / 7), ("", "abc", 1), ("abc", "abc", 0),
                           ("ab", "", 2)])
 def test_character_error_rate_counts_edits_per_true_character(read, truth, rate):
-    assert experts.character_error_rate(read, truth) == pytest.approx(rate)
+    assert lipreader.character_error_rate(read, truth) == pytest.approx(rate)
 
 
 def test_lip_reader_never_looks_at_the_token_it_must_guess():
-    net = experts.LipReader("small").eval()
+    net = lipreader.LipReader("small").eval()
     video, tokens = torch.rand(2, 9, 3, 40, 80), torch.randint(0, 256, (2, 6))
     other = tokens.clone()
     other[:, 3] = (other[:, 3] + 1) % 256
@@ -1066,7 +1088,7 @@ def test_lip_reader_never_looks_at_the_token_it_must_guess():
 
 
 def test_lip_reader_ignores_the_padding_of_short_clips():
-    net = experts.LipReader("small").eval()
+    net = lipreader.LipReader("small").eval()
     video, tokens = torch.rand(1, 9, 3, 40, 80), torch.randint(0, 256, (1, 4))
     padded = torch.cat([video, torch.rand(1, 5, 3, 40, 80)], 1)
     with torch.no_grad():
@@ -1077,7 +1099,7 @@ def test_lip_reader_ignores_the_padding_of_short_clips():
 
 def test_gradient_of_the_lip_loss_reaches_every_frame_of_a_frozen_reader():
     net, video = (
-        experts.LipReader("small").eval().requires_grad_(False),
+        lipreader.LipReader("small").eval().requires_grad_(False),
         torch.rand(2, 8, 3, 128, 256, requires_grad=True),
     )
     losses.lip_reading_loss(net(video,
@@ -1090,13 +1112,13 @@ def test_gradient_of_the_lip_loss_reaches_every_frame_of_a_frozen_reader():
 
 
 def test_lip_reader_learns_two_clips_by_heart_and_reads_them():
-    net = experts.LipReader("small").train()
+    net = lipreader.LipReader("small").train()
     video, texts = torch.rand(2, 12, 3, 40, 80), ["ab", "né"]
     tokens = torch.tensor([sampling.encode_text(texts[0]) + [sampling.PAD],
                            sampling.encode_text(texts[1])])
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(40):
-        loss = experts.lip_batch_loss(net, video, tokens)
+        loss = lipreader.lip_batch_loss(net, video, tokens)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     net.eval()
     assert net.read(video) == texts
@@ -1106,7 +1128,7 @@ def test_lip_reader_learns_two_clips_by_heart_and_reads_them():
 
 
 def test_experts_survive_a_checkpoint():
-    for net in (experts.SyncXNet("small", "mel"), experts.LipReader("small")):
+    for net in (experts.SyncXNet("small", "mel"), lipreader.LipReader("small")):
         again = experts.load_expert(experts.pack_expert(net))
         assert type(again) is type(net) and not again.training
         assert all(torch.equal(a, b) for a,
@@ -1117,12 +1139,12 @@ def test_experts_survive_a_checkpoint():
 @pytest.fixture(scope="module")
 def content():
     """A checkpoint as train.py writes it, of untrained networks."""
-    sync, reader = experts.SyncXNet("small", audio_dim=D), experts.LipReader("small")
-    encoder = lipsync.ScratchEncoder(D)
-    return {"version": lipsync.VERSION, "kind": "lipsync", "config": dataclasses.asdict(CONV),
+    sync, reader = experts.SyncXNet("small", audio_dim=D), lipreader.LipReader("small")
+    encoder = ScratchEncoder(D)
+    return {"version": common.VERSION, "kind": "lipsync", "config": dataclasses.asdict(CONV),
             "about": {}, "model": LipSync(CONV).state_dict(),
             "audio_encoder": {"dims": encoder.dims, "state": encoder.state_dict()},
-            "sync": experts.pack_expert(sync, half=True), "lip": experts.pack_expert(reader)}
+            "sync": train.halved(experts.pack_expert(sync)), "lip": experts.pack_expert(reader)}
 
 
 def test_a_checkpoint_gives_all_networks_ready_to_use(content, tmp_path):
@@ -1143,13 +1165,13 @@ def test_a_checkpoint_gives_all_networks_ready_to_use(content, tmp_path):
                           {"sync": {"config": {"size": "huge"}, "state": {}}},
                           {"sync": {"config": {"size": "small"}, "state": {"x": 1}}}, {"lip": 3},
                           {"audio_encoder": None},
-                          {"sync": experts.pack_expert(experts.LipReader("small"))},
+                          {"sync": experts.pack_expert(lipreader.LipReader("small"))},
                           {"sync": experts.pack_expert(experts.SyncXNet("small", audio_dim=D + 1))},
                           {"lip": experts.pack_expert(experts.SyncXNet("small"))}),
                          ids=lambda change: f"{next(iter(change))} {str(change)[:40]}")
 def test_a_checkpoint_whose_parts_are_wrong_is_refused_in_one_line(change, content, tmp_path):
     torch.save(content | change, tmp_path / "w.pt")
-    with pytest.raises(lipsync.BadInput, match="w.pt: ") as caught:
+    with pytest.raises(common.BadInput, match="w.pt: ") as caught:
         experts.load_networks(tmp_path / "w.pt")
     assert "\n" not in str(caught.value)
 
@@ -1161,7 +1183,7 @@ def test_a_checkpoint_without_version_truncated_foreign_or_missing_is_refused(co
     (tmp_path / "text.pt").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pt")
     for name in ("whole.pt", "half.pt", "text.pt", "list.pt", "none.pt"):
-        with pytest.raises(lipsync.BadInput, match=name):
+        with pytest.raises(common.BadInput, match=name):
             experts.load_networks(tmp_path / name)
 
 
@@ -1197,12 +1219,12 @@ def test_corrupted_sound_keeps_its_length_range_and_timing():
 
 def test_jittered_pictures_stay_pictures_and_strength_zero_changes_nothing():
     pictures = torch.rand(2, 5, 3, 40, 80)
-    jittered = experts.jitter_pictures(pictures)
+    jittered = lipreader.jitter_pictures(pictures)
     assert jittered.shape == pictures.shape
     assert jittered.min() >= 0
     assert jittered.max() <= 1
     assert not torch.equal(jittered, pictures)
-    assert torch.allclose(experts.jitter_pictures(pictures, 0.0), pictures, atol=1e-6)
+    assert torch.allclose(lipreader.jitter_pictures(pictures, 0.0), pictures, atol=1e-6)
 
 
 # ---------------------------------------------------------------- data: the drawn corpus
@@ -1360,7 +1382,7 @@ def test_sound_and_frames_stay_aligned_when_the_frame_rate_changes(rate, demo, t
     ffmpeg("-i", source, *rate, "-c:a", "copy", tmp_path / "other.mkv")
     data.prepare(tmp_path, 1)
     clip, opening = data.load_clip(data.list_clips(tmp_path)[0].path), truth(source)["opening"]
-    assert evaluate.lag_of(faces.mouth_shape(clip.landmarks)[:, 0], opening[:len(clip)]) == 0
+    assert metrics.lag_of(faces.mouth_shape(clip.landmarks)[:, 0], opening[:len(clip)]) == 0
     sound = media.read_audio(source)[:len(clip.wave)]
     delays = [np.dot(clip.wave[8000 + d:40000 + d].astype(np.float64), sound[8000:40000])
               for d in range(-800, 801, 4)]
@@ -1412,7 +1434,7 @@ def face(opening=0.0, width=0.0, count=1):
     points[faces.EYE_CORNERS] = [(80, 90, 0), (176, 90, 0)]
     points[faces.MOUTH] = (128, 165, 0)
     points = np.repeat(points[None], count, 0)
-    points[:, faces.INNER_LIPS[1], 1] += opening
+    points[:, faces.GAP_ENDS[1], 1] += opening
     points[:, faces.MOUTH_CORNERS[0], 0] -= 30 + np.asarray(width) / 2
     points[:, faces.MOUTH_CORNERS[1], 0] += 30 + np.asarray(width) / 2
     return points.astype(np.float32)
@@ -1447,17 +1469,17 @@ def test_a_turned_or_moving_head_is_no_reference_where_the_same_mouth_is_seen_fr
     assert 10 <= faces.select_references(points, 2)[1] < 20
 
 
-def test_head_motion_brings_turned_points_back_to_a_hundredth_of_a_pixel():
+def test_the_head_pose_brings_turned_points_back_to_a_hundredth_of_a_pixel():
     reference = np.random.default_rng(0).uniform(0, 256, (4, faces.K, 3)).astype(np.float32)
     turns = [cv2.Rodrigues(np.float64(axis))[0]
              for axis in ((0.4, 0, 0), (0, -0.5, 0.1), (0.1, 0.2, 0.3), (0, 0, 2.0))]
     frame = np.stack([1.1 * points @ turn.T + (5, -7, 3) for points, turn in zip(reference, turns)])
     open_mouth = frame.copy()
     open_mouth[:, faces.MOUTH] += 30               # what the mouth does must not matter
-    moved = faces.head_motion(reference, open_mouth)
+    moved = faces.with_head_pose(reference, open_mouth)
     assert moved.shape == frame.shape and np.abs(moved - frame).max() < 0.01
     frame[1, faces.UPPER[0]] = np.nan
-    missing = faces.head_motion(reference, frame)
+    missing = faces.with_head_pose(reference, frame)
     assert np.isnan(missing[1]).all() and np.isfinite(missing[[0, 2, 3]]).all()
 
 
@@ -1465,7 +1487,7 @@ def test_a_reference_with_the_frames_head_pose_lies_on_the_drawn_face(prepared):
     errors = []
     for info in data.list_clips(prepared):
         points = data.load_clip(info.path).landmarks
-        moved = faces.head_motion(points[:1], points)
+        moved = faces.with_head_pose(points[:1], points)
         errors.append([np.linalg.norm((there - points)[:, faces.JAW, :2], axis=-1).mean()
                        for there in (points[:1], moved)])
     plain, posed = np.mean(errors, 0)
@@ -1478,7 +1500,7 @@ def test_points_are_where_each_reference_lies_and_where_the_frames_head_pose_put
     points = faces.place_points(references, frames)
     assert points.shape == (S, R, 2, faces.K, 2)
     assert np.allclose(points[2, :, 0], references[..., :2] / 256, atol=1e-6)
-    assert np.allclose(points[1, 3, 1], faces.head_motion(references[3], frames[1])[:, :2] / 256,
+    assert np.allclose(points[1, 3, 1], faces.with_head_pose(references[3], frames[1])[:, :2] / 256,
                        atol=1e-6)
 
 
@@ -1535,7 +1557,7 @@ def test_the_mouth_stages_target_is_the_true_mouth_scaled_about_the_closed_one(p
                                   amplitude_share=0.0).batch(3, clips=2, frames=4)
     assert (plain["amplitude"] == 1).all()
     shown = sampling.MouthSamples(data.list_clips(prepared), TINY, None, amplitude_share=1.0,
-                                  quiet_share=1.0)
+                                  quiet_share=1.0, silent_share=0.0)
     clip = data.load_clip(data.list_clips(prepared)[0].path)
     row = shown.rows(clip.landmarks, clip.mel, None, sampling.loudness(clip), 6,
                      np.random.default_rng(0))
@@ -1631,6 +1653,43 @@ def test_a_sound_that_is_late_is_moved_to_its_pictures(prepared):
         assert np.array_equal(moved[i]["sync"].numpy(), mel[:, late])
 
 
+def test_the_sync_expert_too_learns_from_moved_sounds(prepared):
+    clips = data.list_clips(prepared)[:1]
+    clip, source = data.load_clip(clips[0].path), clips[0].source
+    moved = sampling.at_time(clip.mel.T, 8)  # two frames of sound
+    moved_clip, choose = dataclasses.replace(clip, mel=moved.T), np.random.default_rng
+    samples = sampling.SyncDataset(clips, TINY, group=S, sync_audio="mel")
+    for seed in range(8):  # half of them noisy
+        here, _ = samples.series(clip, None, 0, choose(seed))
+        late, _ = samples.series(moved_clip, None, 2, choose(seed))
+        assert np.array_equal(late, sampling.at_time(here, 8))
+    shifted = sampling.SyncDataset(clips, TINY, group=S, sync_audio="mel",
+                                   offsets={source: 2})
+    pieces = [shifted[i]["sound"].numpy().T for i in range(8)]
+    rows = np.lib.stride_tricks.sliding_window_view(moved.astype(np.float32), 4 * S, 0)
+    found = [np.abs(rows.swapaxes(1, 2) - piece).max((1, 2)).min() == 0 for piece in pieces]
+    assert any(found)
+
+
+def test_digital_silence_closes_the_mouth_that_is_taught(prepared):
+    infos = data.list_clips(prepared)
+    samples = sampling.MouthSamples(infos, TINY, None, silent_share=1.0, amplitude_share=0)
+    batch = samples.batch(0, clips=4)
+    gap = faces.mouth_shape(with_lips(batch["lips"]))[:, 0]
+    talking = sampling.MouthSamples(infos, TINY, None, silent_share=0.0, amplitude_share=0)
+    wide = faces.mouth_shape(with_lips(talking.batch(0, clips=4)["lips"]))[:, 0]
+    assert float(np.max(gap)) < 3 < float(np.mean(wide))
+    floor = audio.log_mel(np.zeros(16_000))[:, 0]
+    assert torch.allclose(batch["mel"], floor[:, None].expand_as(batch["mel"]))
+
+
+def with_lips(lips):
+    """[B, P, 2] picture widths -> landmarks [B, K, 3] crop px whose mouth is that"""
+    landmarks = np.zeros((len(lips), faces.K, 3), np.float32)
+    landmarks[:, faces.MOUTH, :2] = np.asarray(lips) * faces.CROP_PX
+    return landmarks
+
+
 def test_a_broken_clip_file_is_named_once_and_skipped(prepared, tmp_path, capsys):
     infos = [dataclasses.replace(info, path=pathlib.Path(shutil.copy(info.path, tmp_path)))
              for info in data.list_clips(prepared)[:2]]
@@ -1658,18 +1717,18 @@ def test_whatever_goes_wrong_while_a_sample_is_made_names_the_clip_in_one_line(p
     clip = damaged(info, tmp_path, jpegs=np.zeros(10**7, np.uint8))
     for samples in (sampling.ClipDataset([clip], TINY), sampling.SyncDataset([clip], TINY),
                     sampling.SentenceDataset([clip])):
-        with pytest.raises(lipsync.BadInput, match=rf"^{clip.path}: frame \d+ is no picture$"):
+        with pytest.raises(common.BadInput, match=rf"^{clip.path}: frame \d+ is no picture$"):
             samples[0]
     unnamed = rf"^{clip.path}: cannot be used \(\w+: .+\)$"  # an error that knows nothing of files
     damaged(info, tmp_path, jpegs=np.zeros(0, np.uint8))
-    keeper = train.Keeper(bare_run(tmp_path), "sync", {}, 5, 1, {"kind": "sync"})
+    keeper = loop.Keeper(bare_run(tmp_path), "sync", {}, 5, 1, {"kind": "sync"})
     loader = torch.utils.data.DataLoader(sampling.SyncDataset([clip], TINY), num_workers=1)
-    with pytest.raises(lipsync.BadInput, match=unnamed):
+    with pytest.raises(common.BadInput, match=unnamed):
         next(keeper.steps(loader))
     damaged(info, tmp_path, landmarks=np.zeros((125, 3, 3), np.float32))
     for sample in (sampling.ClipDataset([clip], TINY).__getitem__,
                    sampling.MouthSamples([clip], TINY, None).batch):
-        with pytest.raises(lipsync.BadInput, match=unnamed):
+        with pytest.raises(common.BadInput, match=unnamed):
             sample(0)
 
 
@@ -1717,7 +1776,7 @@ def open_run(prepared, out, trained=None, **more):
     pathlib.Path(out).mkdir(exist_ok=True)
     for name in ("mouth.pt", "sync.pt", "lip.pt") if trained else ():
         shutil.copy(trained / name, out)
-    return train.open_run(train.TrainConfig(**{**base, **more}))
+    return train.open_run(options.TrainConfig(**{**base, **more}))
 
 
 @pytest.fixture(scope="module")
@@ -1780,9 +1839,9 @@ def test_a_finished_stage_is_not_done_again_and_one_planned_for_other_steps_is_n
                                                                                      prepared,
                                                                                      tmp_path):
     run = open_run(prepared, tmp_path, trained[0], sync_steps=3, lip_steps=4)
-    assert train.is_finished(run, "sync") and not train.is_finished(run, "generator")
-    with pytest.raises(lipsync.BadInput, match="was planned for 3 steps.*not 4"):
-        train.is_finished(run, "lip")
+    assert loop.is_finished(run, "sync") and not loop.is_finished(run, "generator")
+    with pytest.raises(common.BadInput, match="was planned for 3 steps.*not 4"):
+        loop.is_finished(run, "lip")
     before = (tmp_path / "sync.pt").read_bytes()
     result = training(prepared, tmp_path, "--stage", "sync", "--sync-steps", 5)
     assert result.returncode == 2
@@ -1796,12 +1855,12 @@ def test_an_expert_learns_on_from_the_one_inside_weights_of_the_same_shape(prepa
     run = open_run(prepared, tmp_path)
     old = experts.SyncXNet("small", audio_dim=D)
     run.start = {"sync": experts.pack_expert(old)}
-    begun = train.begin_expert(run, "sync", experts.SyncXNet("small", audio_dim=D))
+    begun = loop.begin_expert(run, "sync", experts.SyncXNet("small", audio_dim=D))
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), begun.parameters()))
     other = experts.SyncXNet("small", audio_dim=D + 1)
-    assert train.begin_expert(run, "sync", other) is other
-    reader = experts.LipReader("small")
-    assert train.begin_expert(run, "lip", reader) is reader  # there is none inside
+    assert loop.begin_expert(run, "sync", other) is other
+    reader = lipreader.LipReader("small")
+    assert loop.begin_expert(run, "lip", reader) is reader  # there is none inside
 
 
 def test_frozen_experts_and_lips_do_not_change_by_a_single_bit(trained, prepared, tmp_path,
@@ -1816,8 +1875,8 @@ def test_frozen_experts_and_lips_do_not_change_by_a_single_bit(trained, prepared
         assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in net.state_dict().items())
         assert not any(m.training for m in net.modules())
         assert not any(p.requires_grad for p in net.parameters())
-    made = lipsync.load_checkpoint(tmp_path / "generator.pt")["state"]["net"]
-    mouth = lipsync.load_checkpoint(tmp_path / "mouth.pt", "mouth")["state"]
+    made = common.load_checkpoint(tmp_path / "generator.pt")["state"]["net"]
+    mouth = common.load_checkpoint(tmp_path / "mouth.pt", "mouth")["state"]
     assert all(torch.equal(v, made[f"lip_head.{k}"]) for k, v in mouth["lip_head"].items())
     assert torch.equal(mouth["fusion"]["adapter.0.weight"], made["fusion.adapter.0.weight"])
 
@@ -1825,7 +1884,7 @@ def test_frozen_experts_and_lips_do_not_change_by_a_single_bit(trained, prepared
 def test_accumulated_gradients_are_those_of_the_big_batch(trained, prepared, tmp_path, monkeypatch):
     import contextlib
     # float32
-    monkeypatch.setattr(lipsync, "autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(common, "autocast", lambda device: contextlib.nullcontext())
     # the lips' noise differs by batch
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     gradients = []
@@ -1845,7 +1904,7 @@ def test_two_processes_train_one_and_the_same_network_through_all_stages(prepare
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
-import torch, lipsync, train
+import torch, common, loop, options, train
 def checked(share):
     def check(self):
         share(self)
@@ -1859,8 +1918,8 @@ def checked(share):
                     # in one piece: two processes write
                     sys.stdout.write(f"{{self.name}} {{name}} equal\\n")
     return check
-train.Keeper.share = checked(train.Keeper.share)
-lipsync.cli(train.main)
+loop.Keeper.share = checked(loop.Keeper.share)
+common.cli(train.main)
 """)
     words = ("--data", prepared, "--out", tmp_path / "run", *FLAGS, "--sync-steps", 2,
              "--lip-steps", 2, "--mouth-steps", 3, "--steps", 2, "--eval-clips", 1, "--sync-start",
@@ -1879,13 +1938,13 @@ def test_two_processes_get_the_gradients_of_one_with_the_joint_batch(trained, pr
     script.write_text(f"""
 import contextlib, os, sys
 sys.path.insert(0, {str(HERE)!r})
-import torch, lipsync, train
-lipsync.autocast = lambda device: contextlib.nullcontext()           # float32
+import torch, common, loop, options, train
+common.autocast = lambda device: contextlib.nullcontext()           # float32
 torch.randn_like = torch.zeros_like                                  # no noise on the lips
 world = int(os.environ.get("WORLD_SIZE", 1))
 if world > 1:
     torch.distributed.init_process_group("gloo")
-config = train.TrainConfig(data={str(prepared)!r}, out={str(tmp_path)!r}, preset="tiny",
+config = options.TrainConfig(data={str(prepared)!r}, out={str(tmp_path)!r}, preset="tiny",
                            batch=4 // world, group=2, workers=0, steps=1, perceptual_weight=0,
                            gan_weight=0, sync_weight=0, lip_weight=0, device="cpu",
                            held_out="speaker002*", sample_steps=9)
@@ -1921,11 +1980,11 @@ def test_a_killed_run_resumes_bit_for_bit(stage, kind, trained, prepared, tmp_pa
                                stderr=subprocess.DEVNULL)
     file = tmp_path / "killed" / f"{stage}.pt"
     while process.poll() is None and not (file.is_file()
-                                          and lipsync.load_checkpoint(file, kind)["step"] >= 2):
+                                          and common.load_checkpoint(file, kind)["step"] >= 2):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 2 <= lipsync.load_checkpoint(file, kind)["step"] < 6
+    assert 2 <= common.load_checkpoint(file, kind)["step"] < 6
     # what is there is not overwritten by mistake
     stopped = training(prepared, tmp_path / "killed", *more)
     assert stopped.returncode == 2 and "--resume goes on" in stopped.stderr
@@ -1935,7 +1994,7 @@ def test_a_killed_run_resumes_bit_for_bit(stage, kind, trained, prepared, tmp_pa
     assert "begun with 0.001" in other.stderr
     # the flags are known
     assert command("train.py", "--out", tmp_path / "killed", "--resume").returncode == 0
-    whole, resumed = (lipsync.load_checkpoint(tmp_path / name / file.name, kind)["state"]
+    whole, resumed = (common.load_checkpoint(tmp_path / name / file.name, kind)["state"]
                       for name in ("whole", "killed"))
     for part in ("net", "discriminator", "audio") if stage == "generator" else ("net",):
         assert all(torch.equal(v, resumed[part][k]) for k, v in whole[part].items()), part
@@ -1955,7 +2014,7 @@ def test_a_signal_to_a_run_and_its_loader_stops_it_between_two_steps_and_saves(s
     os.killpg(process.pid, sent)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped; " in printed and "Traceback" not in errors, errors
-    assert 20 <= lipsync.load_checkpoint(tmp_path / "sync.pt", "sync")["step"] < 5000
+    assert 20 <= common.load_checkpoint(tmp_path / "sync.pt", "sync")["step"] < 5000
 
 
 def test_a_signal_to_one_process_of_two_stops_both_and_one_says_that_it_saved(prepared, tmp_path):
@@ -1963,14 +2022,14 @@ def test_a_signal_to_one_process_of_two_stops_both_and_one_says_that_it_saved(pr
     script.write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
-import lipsync, train
-note = train.Keeper.log
+import common, loop, train
+note = loop.Keeper.log
 def log(self, *rest):
     note(self, *rest)
     if self.run.rank == 1 and self.step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
-train.Keeper.log = log
-lipsync.cli(train.main)
+loop.Keeper.log = log
+common.cli(train.main)
 """)
     words = ("--data", prepared, "--out", tmp_path / "run", *FLAGS, "--batch", 1, "--stage", "sync",
              "--sync-steps", 500)
@@ -1978,13 +2037,13 @@ lipsync.cli(train.main)
                      script, *words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert result.stdout.count("stopped; ") == 1, result.stdout + result.stderr[-3000:]
-    assert lipsync.load_checkpoint(tmp_path / "run" / "sync.pt", "sync")["step"] == 3
+    assert common.load_checkpoint(tmp_path / "run" / "sync.pt", "sync")["step"] == 3
 
 
 def test_the_rate_is_never_zero_and_rises_to_the_full_one_before_it_falls():
     for warmup in (0, 0.1):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
-        scheduler, rates = train.warm_cosine(optimizer, 40, warmup), []
+        scheduler, rates = loop.warm_cosine(optimizer, 40, warmup), []
         for _ in range(40):
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
@@ -1995,11 +2054,11 @@ def test_the_rate_is_never_zero_and_rises_to_the_full_one_before_it_falls():
 
 
 def test_a_preset_sets_defaults_and_a_flag_overrides_them():
-    parse = lambda *words: train.parse_flags(["--data", "x", *words])
-    assert parse() == train.TrainConfig(data="x", **train.TRAINING["edge"])
-    assert parse("--preset", "full") == train.TrainConfig(data="x", preset="full")
+    parse = lambda *words: options.parse_flags(["--data", "x", *words])
+    assert parse() == options.TrainConfig(data="x", **options.TRAINING["edge"])
+    assert parse("--preset", "full") == options.TrainConfig(data="x", preset="full")
     tiny = parse("--preset", "tiny", "--steps", "7")
-    assert tiny.steps == 7 and tiny.sync_steps == train.TRAINING["tiny"]["sync_steps"]
+    assert tiny.steps == 7 and tiny.sync_steps == options.TRAINING["tiny"]["sync_steps"]
 
 
 def test_bad_settings_are_one_line_and_exit_2(prepared, tmp_path, demo):
@@ -2035,15 +2094,15 @@ def test_a_wrong_flag_is_told_before_the_work(words, part, prepared, tmp_path, m
     monkeypatch.setattr(sys, "argv",
                         ["train.py", "--out", str(tmp_path),
                          *(("--data", str(prepared)) if words else ()), "--preset", "tiny", *words])
-    with pytest.raises(lipsync.BadInput, match=part):
+    with pytest.raises(common.BadInput, match=part):
         train.main()
 
 
 def bare_run(out, **more):
     """A Run without clips or networks, for what needs neither."""
-    config = train.TrainConfig(data="x", out=str(out), preset="tiny", **more)
-    return train.Run(config, out, 0, 1, torch.device("cpu"), [], [], lipsync.PRESETS["tiny"],
-                     lipsync.ScratchEncoder(96), None)
+    config = options.TrainConfig(data="x", out=str(out), preset="tiny", **more)
+    return loop.Run(config, out, 0, 1, torch.device("cpu"), [], [], lipsync.PRESETS["tiny"],
+                     ScratchEncoder(96), None)
 
 
 @pytest.mark.parametrize("step, planned, part",
@@ -2053,50 +2112,50 @@ def bare_run(out, **more):
 def test_a_generator_that_is_damaged_stopped_or_without_weights_is_not_begun_anew(step, planned,
                                                                                   part, tmp_path):
     path = tmp_path / "generator.pt"
-    lipsync.save_checkpoint(path, {"kind": "lipsync", "step": step, "steps": planned})
-    with pytest.raises(lipsync.BadInput, match=part):
-        train.is_finished(bare_run(tmp_path, steps=20), "generator")
+    common.save_checkpoint(path, {"kind": "lipsync", "step": step, "steps": planned})
+    with pytest.raises(common.BadInput, match=part):
+        loop.is_finished(bare_run(tmp_path, steps=20), "generator")
 
 
 def test_a_generator_whose_weights_file_is_lost_writes_it_when_resumed(tmp_path):
-    lipsync.save_checkpoint(tmp_path / "generator.pt", {"kind": "lipsync", "step": 20, "steps": 20})
+    common.save_checkpoint(tmp_path / "generator.pt", {"kind": "lipsync", "step": 20, "steps": 20})
     run = bare_run(tmp_path, steps=20, resume=True)
-    assert not train.is_finished(run, "generator")
+    assert not loop.is_finished(run, "generator")
     (tmp_path / "weights.pt").touch()
-    assert train.is_finished(run, "generator")
+    assert loop.is_finished(run, "generator")
 
 
 def test_a_refused_command_leaves_the_config_of_the_stopped_run(tmp_path, monkeypatch):
-    lipsync.save_checkpoint(tmp_path / "sync.pt", {"kind": "sync", "step": 2, "steps": 600})
+    common.save_checkpoint(tmp_path / "sync.pt", {"kind": "sync", "step": 2, "steps": 600})
     (tmp_path / "config.json").write_text("as it was")
     monkeypatch.setattr(train, "open_run", lambda config: bare_run(tmp_path, sync_steps=600))
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "x", "--out", str(tmp_path), "--preset",
                                       "tiny", "--sync-lr", "0.5"])
-    with pytest.raises(lipsync.BadInput, match="stopped at step 2 of 600"):
+    with pytest.raises(common.BadInput, match="stopped at step 2 of 600"):
         train.main()
     assert (tmp_path / "config.json").read_text() == "as it was"
 
 
 def test_a_resumed_run_names_what_differs_and_refuses_a_config_that_is_none(tmp_path, capsys):
     file, words = tmp_path / "config.json", ["--out", str(tmp_path), "--resume"]
-    saved = dataclasses.asdict(train.TrainConfig(data="x", out=str(tmp_path), workers=1))
+    saved = dataclasses.asdict(options.TrainConfig(data="x", out=str(tmp_path), workers=1))
     file.write_text(json.dumps(saved))
-    assert train.parse_flags([*words, "--workers", "3"]).workers == 3
+    assert options.parse_flags([*words, "--workers", "3"]).workers == 3
     assert "--workers 3: the run in" in capsys.readouterr().out
     for wrong in ({**saved, "steps": "many"}, {**saved, "stepz": 1}, ["steps"], {}):
         file.write_text(json.dumps(wrong))
-        with pytest.raises(lipsync.BadInput, match="config.json: not the config"):
-            train.parse_flags(words)
+        with pytest.raises(common.BadInput, match="config.json: not the config"):
+            options.parse_flags(words)
 
 
 def test_the_audio_encoder_that_learns_begins_from_the_seed_whatever_was_tried_before(tmp_path):
     run = bare_run(tmp_path)
-    first = [p.clone() for p in train.build_networks(run)[1].parameters()]
+    first = [p.clone() for p in loop.build_networks(run)[1].parameters()]
     with torch.no_grad():
         for parameter in run.audio_encoder.parameters():
             parameter.add_(1)  # as the first try of the mouth stage does
-    again = list(train.build_networks(run)[1].parameters())
-    other = list(train.build_networks(bare_run(tmp_path, seed=1))[1].parameters())
+    again = list(loop.build_networks(run)[1].parameters())
+    other = list(loop.build_networks(bare_run(tmp_path, seed=1))[1].parameters())
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not all(torch.equal(a, b) for a, b in zip(first, other))
 
@@ -2112,15 +2171,15 @@ class ToyEncoder(torch.nn.Module):
 def test_every_clip_gets_its_features_however_far_one_process_is_ahead_of_another(prepared,
                                                                                   tmp_path,
                                                                                   monkeypatch):
-    monkeypatch.setattr(train, "wait_for_all", print)  # the second begins when the first is done
+    monkeypatch.setattr(loop, "wait_for_all", print)  # the second begins when the first is done
     infos = [dataclasses.replace(info, path=tmp_path / info.path.name)
              for info in data.list_clips(prepared)[:5]]
     for info in infos:
         shutil.copy(prepared / ".clips" / info.path.name, info.path)
-    run = dataclasses.replace(bare_run(tmp_path), clips=infos, features="toy",
+    run = dataclasses.replace(bare_run(tmp_path), clips=infos, features_key="toy",
                               audio_encoder=ToyEncoder(), world=2)
     for rank in (0, 1):
-        train.prepare_features(dataclasses.replace(run, rank=rank))
+        loop.prepare_features(dataclasses.replace(run, rank=rank))
     assert [info.path.name
             for info in infos if not sampling.feature_path(info.path, "toy").is_file()] == []
 
@@ -2163,8 +2222,8 @@ def test_curves_are_a_panel_for_each_loss_two_in_a_row_and_none_without_a_log(tm
 
 
 def test_weights_are_the_last_that_were_learned_in_half_the_size(trained):
-    made = lipsync.load_checkpoint(trained[0] / "generator.pt")
-    small = lipsync.load_checkpoint(trained[0] / "weights.pt")
+    made = common.load_checkpoint(trained[0] / "generator.pt")
+    small = common.load_checkpoint(trained[0] / "weights.pt")
     for name, value in made["state"]["net"].items():
         assert torch.equal(value, made["model"][name])
         half = value.half() if value.is_floating_point() else value
@@ -2177,8 +2236,8 @@ def test_a_mouth_of_another_network_names_the_field_that_differs(tmp_path):
     run = bare_run(tmp_path)
     net = LipSync(run.net_config)
     config = {**dataclasses.asdict(run.net_config), "lip_width": 7}
-    lipsync.save_checkpoint(tmp_path / "mouth.pt", {"kind": "mouth", "config": config, "state": {}})
-    with pytest.raises(lipsync.BadInput, match="mouth.pt: does not fit.*lip_width 7 there"):
+    common.save_checkpoint(tmp_path / "mouth.pt", {"kind": "mouth", "config": config, "state": {}})
+    with pytest.raises(common.BadInput, match="mouth.pt: does not fit.*lip_width 7 there"):
         train.load_mouth(run, net, run.audio_encoder)
 
 
@@ -2188,8 +2247,8 @@ def test_an_error_of_a_loader_process_is_one_line(tmp_path):
         raise RuntimeError(
             "Caught RuntimeError in worker 0.\nTraceback:\n  File x\nclip7.npz: no picture"
         )
-    keeper = train.Keeper(bare_run(tmp_path), "sync", {}, 5, 1, {"kind": "sync"})
-    with pytest.raises(lipsync.BadInput) as error:
+    keeper = loop.Keeper(bare_run(tmp_path), "sync", {}, 5, 1, {"kind": "sync"})
+    with pytest.raises(common.BadInput) as error:
         for _ in keeper.steps(batches()):
             pass
     assert str(error.value) == "clip7.npz: no picture"
@@ -2214,7 +2273,7 @@ def test_a_poor_sync_expert_is_not_used_and_the_run_says_so(trained, prepared, t
 
 
 def test_a_loss_without_a_grade_is_reported_as_off():
-    report = train.loss_report(train.TrainConfig(), object(), math.nan, None)
+    report = train.loss_report(options.TrainConfig(), object(), math.nan, None)
     assert report["sync"].startswith("off (the expert's held-out accuracy nan")
     assert report["lip"].startswith("off")
 
@@ -2226,9 +2285,9 @@ def test_nan_stops_the_run_names_the_clips_and_keeps_the_last_checkpoint(trained
     monkeypatch.setattr(losses, "reconstruction_loss",
                         lambda *a: real(*a)
                         * (math.nan if calls.append(1) or len(calls) == 3 else 1))
-    with pytest.raises(lipsync.BadInput, match=r"is not finite at step 2.*speaker.*npz"):
+    with pytest.raises(common.BadInput, match=r"is not finite at step 2.*speaker.*npz"):
         train.train_generator(run)
-    assert lipsync.load_checkpoint(tmp_path / "generator.pt")["step"] == 0
+    assert common.load_checkpoint(tmp_path / "generator.pt")["step"] == 0
 
 
 def test_a_checkpoint_of_another_network_or_without_a_version_is_one_line(trained, prepared,
@@ -2242,11 +2301,11 @@ def test_a_checkpoint_of_another_network_or_without_a_version_is_one_line(traine
         other = {**content, "config": changed}
         change(other)
         torch.save(other, tmp_path / "other.pt")
-        with pytest.raises(lipsync.BadInput) as error:
+        with pytest.raises(common.BadInput) as error:
             experts.load_networks(tmp_path / "other.pt")
         assert "other.pt" in str(error.value) and "\n" not in str(error.value), name
-    state = lipsync.load_checkpoint(tmp_path / "run" / "generator.pt")
-    lipsync.save_checkpoint(tmp_path / "run" / "generator.pt",
+    state = common.load_checkpoint(tmp_path / "run" / "generator.pt")
+    common.save_checkpoint(tmp_path / "run" / "generator.pt",
                             {**state, "state": {**state["state"], "net": {}}, "step": 2})
     result = command("train.py", "--out", tmp_path / "run", "--resume", "--stage", "generator")
     assert result.returncode == 2
@@ -2256,32 +2315,34 @@ def test_a_checkpoint_of_another_network_or_without_a_version_is_one_line(traine
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
-    lipsync.save_checkpoint(path, {"kind": "lipsync", "step": 1})
+    common.save_checkpoint(path, {"kind": "lipsync", "step": 1})
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(lipsync.BadInput, match="old file is kept"):
-        lipsync.save_checkpoint(path, {"kind": "lipsync", "step": 2})
+    with pytest.raises(common.BadInput, match="old file is kept"):
+        common.save_checkpoint(path, {"kind": "lipsync", "step": 2})
     monkeypatch.undo()
-    assert lipsync.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+    assert common.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_mouth_learns_to_open_with_the_sound_and_the_pictures_follow(prepared, tmp_path):
     run = open_run(prepared, tmp_path, mouth_steps=80, mouth_lr=3e-3, steps=60, lr=2e-3, batch=2,
                    keep_offsets=True, amplitude_share=0.0)
     assert train.train_mouth(run) and train.train_generator(run)
-    losses_seen = {stage: [float(row["total"])
-                           for row in csv.DictReader(open(tmp_path / "log.csv")) if row["stage"]
-                           == stage] for stage in ("mouth", "generator")}
-    assert losses_seen["mouth"][-1] < 0.8 * losses_seen["mouth"][0]
-    assert losses_seen["generator"][-1] < losses_seen["generator"][0]
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    drawn_anew = [float(row["total"]) for row in rows if row["stage"] == "generator"]
+    assert drawn_anew[-1] < drawn_anew[0]
     networks = experts.load_networks(tmp_path / "weights.pt")
     clip = data.load_clip(run.clips[0].path)
     with torch.inference_mode():
         features = networks.audio_encoder(torch.from_numpy(clip.sound())[None])[0]
-    _, shapes = evaluate.predict_shapes(networks.net, clip, features)
+    landmarks, shapes = evaluate.predict_shapes(networks.net, clip, features)
+    untrained, _ = evaluate.predict_shapes(LipSync(run.net_config).eval(), clip, features)
+    error, before = [metrics.point_error(points, clip.landmarks, metrics.LIPS)
+                     for points in (landmarks, untrained)]
+    assert error < 0.7 * before
     true = faces.mouth_shape(clip.landmarks)
-    assert evaluate.correlation(shapes[:, 0], true[:, 0]) > 0.6
+    assert metrics.correlation(shapes[:, 0], true[:, 0]) > 0.6
     wide = evaluate.predict_shapes(networks.net, clip, features, 1.5)[1][:, 0].mean()
     narrow = evaluate.predict_shapes(networks.net, clip, features, 0.5)[1][:, 0].mean()
     assert narrow < shapes[:, 0].mean() < wide
@@ -2298,10 +2359,10 @@ def test_find_offsets_finds_a_late_sound_and_leaves_what_fits_nowhere(prepared, 
         points = sampling.at_time(clip.landmarks.reshape(len(clip), -1),
                                   -(shift or 0)).reshape(clip.landmarks.shape).copy()
         if shift is None:
-            points[:, faces.INNER_LIPS[1], 1] = rng.normal(150, 9, len(clip))
+            points[:, faces.GAP_ENDS[1], 1] = rng.normal(150, 9, len(clip))
         return points
     monkeypatch.setattr(train, "predict_clip", predicted)
-    net, encoder = train.build_networks(run)
+    net, encoder = loop.build_networks(run)
     assert train.find_offsets(run, net, encoder) == {sources[0]: 2, sources[1]: -3}
 
 
@@ -2313,24 +2374,29 @@ def test_teeth_that_change_their_look_vary_and_teeth_that_only_move_do_not():
         points[t, faces.LIPS_INNER[1:]] = 140 + t, 170, 0
         # the upper half of the mouth is white
         pictures[t, 150:160, 100 + t:141 + t] = 200
-    still = evaluate.teeth_variation(pictures, points)
+    still = metrics.teeth_variation(pictures, points)
     pictures[::2] //= 2
-    assert still < 1 < 20 < evaluate.teeth_variation(pictures, points)
-    assert evaluate.teeth_variation(pictures[:4], points[:4]) is None
+    assert still < 1 < 20 < metrics.teeth_variation(pictures, points)
+    assert metrics.teeth_variation(pictures[:4], points[:4]) is None
 
 
 def test_metrics_of_a_picture_against_itself_and_of_a_shifted_series():
     picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
-    assert evaluate.ssim(picture, picture) == pytest.approx(1)
-    assert evaluate.ssim(picture, 255 - picture) < 0
+    assert metrics.ssim(picture, picture) == pytest.approx(1)
+    assert metrics.ssim(picture, 255 - picture) < 0
     series = np.random.default_rng(1).normal(size=100)
-    assert evaluate.correlation(series, 3 * series + 1) == pytest.approx(1)
-    assert evaluate.correlation(series, series * 0) == 0
+    assert metrics.correlation(series, 3 * series + 1) == pytest.approx(1)
+    assert metrics.correlation(series, series * 0) == 0
     pictures = np.full((2, 256, 256, 3), 50, np.uint8)
     pictures[:, 128:] += 7
-    assert evaluate.seam(pictures) == 7
-    assert evaluate.lag_of(np.roll(series, 2), series) == 2
-    assert evaluate.lag_of(np.roll(series, -3), series) == -3
+    assert metrics.seam(pictures) == 7
+    assert metrics.lag_of(np.roll(series, 2), series) == 2
+    assert metrics.lag_of(np.roll(series, -3), series) == -3
+    for late in (-7, 0, 5):
+        assert metrics.lips_find_shift(series, series, late)
+        assert not metrics.lips_find_shift(np.roll(series, 3), series, late)  # late itself
+    unlike = np.random.default_rng(2).normal(size=100)
+    assert np.mean([metrics.lips_find_shift(unlike, series, late) for late in range(-7, 8)]) < 0.5
 
 
 @pytest.mark.parametrize("warp", (True, False))
@@ -2413,7 +2479,7 @@ def dubbing(tmp_path_factory):
     torch.manual_seed(0)
     config = lipsync.PRESETS["tiny"]
     net, ear = lipsync.LipSync(config), lipsync.build_audio_encoder(config)
-    lipsync.save_checkpoint(folder / "tiny.pt",
+    common.save_checkpoint(folder / "tiny.pt",
                             {"kind": "lipsync", "config": dataclasses.asdict(config),
                              "model": net.state_dict(),
                              "audio_encoder": {"dims": ear.dims, "state": ear.state_dict()},
@@ -2434,20 +2500,20 @@ def test_longer_sound_plays_the_frames_forward_backward_forward_bit_equal_to_the
     frames = frames_of(dubbing / "clip.mp4")
     T = len(frames)
     order = [*range(T), *range(T - 2, -1, -1), *range(1, T), *range(T - 2, T - 9, -1)]
-    infer.CHUNK_BYTES, kept = 7 * frames[0].nbytes, infer.CHUNK_BYTES  # pieces that do not divide T
+    media.CHUNK_BYTES, kept = 7 * frames[0].nbytes, media.CHUNK_BYTES  # pieces that do not divide T
     try:
-        played = list(infer.play(dubbing / "clip.mp4", T, len(order)))
+        played = list(media.play(dubbing / "clip.mp4", T, len(order)))
         assert [t for t, _ in played] == order
         assert all(np.array_equal(frame, frames[t]) for t, frame in played)
     finally:
-        infer.CHUNK_BYTES = kept
+        media.CHUNK_BYTES = kept
 
 
 def test_the_copy_that_is_played_backwards_holds_no_more_than_it_may(dubbing, monkeypatch):
     frames = frames_of(dubbing / "clip.mp4")
     T = len(frames)
-    monkeypatch.setattr(infer, "SWING_BYTES", 10 * frames[0].nbytes)
-    played = list(infer.play(dubbing / "clip.mp4", T, T + 25))
+    monkeypatch.setattr(media, "SWING_BYTES", 10 * frames[0].nbytes)
+    played = list(media.play(dubbing / "clip.mp4", T, T + 25))
     back, forth = [*range(T - 2, T - 10, -1)], [*range(T - 10, T)]
     assert [t for t, _ in played] == [*range(T), *back, *forth, *back][:T + 25]
     assert all(np.array_equal(frame, frames[t]) for t, frame in played)
@@ -2473,7 +2539,7 @@ def test_pixels_outside_the_mask_are_bit_equal_and_the_lower_face_changes(dubbin
     with faces.FaceTracker() as tracker:
         points = np.stack(tracker.find(frame)[:1])
     affine = faces.smooth_affines(points)[0]
-    inside, lower_lip = faces.to_crop(points[0], affine), faces.INNER_LIPS[1]
+    inside, lower_lip = faces.to_crop(points[0], affine), faces.GAP_ENDS[1]
     mask = infer.face_mask(infer.face_outline(inside))
     assert not mask[:infer.MASK_TOP].any()
     assert mask[int(inside[lower_lip, 1]), int(inside[lower_lip, 0])] == 255
@@ -2554,7 +2620,7 @@ def test_bad_input_names_the_fault_in_one_line_and_leaves_no_file(case, dubbing,
     more = {"amplitude": {"amplitude": 3.0}, "face": {"face": 7},
             "compare_video": {"compare": video}, "compare_out": {"compare": out}}.get(case, {})
     before, size = sorted(tmp_path.rglob("*")), (dubbing / "clip.mp4").stat().st_size
-    with pytest.raises(lipsync.BadInput) as error:
+    with pytest.raises(common.BadInput) as error:
         infer.dub(video, audio, out, weights if case.startswith("weights") else networks, **more)
     assert case.split("_")[0] in ("amplitude",
                                   "face") or any(str(path) in str(error.value)
@@ -2608,7 +2674,7 @@ def test_ctrl_c_leaves_no_file_and_no_child_process(sent, dubbing, tmp_path):
 
 def test_memory_does_not_grow_with_the_length(dubbing, tmp_path):
     code = (
-        "import sys, resource; sys.path.insert(0, sys.argv[1]); import experts, infer, lipsync, "
+        "import sys, resource; sys.path.insert(0, sys.argv[1]); import experts, infer, "
         "torch; torch.set_num_threads(1)\n"
         "infer.dub(*sys.argv[2:5], experts.load_networks(sys.argv[5]))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
@@ -2673,9 +2739,9 @@ IN_TURN = (
 def test_every_shot_is_tracked_and_cropped_for_itself_and_no_frame_is_kept_back(name, graph, inputs,
                                                                                 cuts, people):
     video = film(people, name, graph, *inputs)
-    track = infer.watch(video, 1000, None, 3, False)
+    track = watch.watch(video, 1000, None, 3, False)
     assert np.flatnonzero(np.diff(track.shots)).tolist() == [cut - 1 for cut in cuts]
-    assert track.whole.all()
+    assert track.dubbed.all()
     with faces.FaceTracker() as tracker:
         for t, frame in enumerate(media.read_frames(video)):
             if min(abs(t - cut) for cut in cuts) > 10:
@@ -2688,12 +2754,12 @@ def test_every_shot_is_tracked_and_cropped_for_itself_and_no_frame_is_kept_back(
 
 
 def test_shots_of_one_person_share_references_and_another_person_has_his_own(people):
-    track = infer.watch(film(people, "in_turn.mp4", IN_TURN, "a", "b"), 1000, None, 3, False)
+    track = watch.watch(film(people, "in_turn.mp4", IN_TURN, "a", "b"), 1000, None, 3, False)
     first, second, third = track.people
     assert first is third and first is not second
     assert set(first.frames) <= {*range(30), *range(50, 75)}
     assert set(second.frames) <= set(range(30, 50))
-    plain = infer.watch(people / "b.mp4", 1000, None, 3, False).people[0]
+    plain = watch.watch(people / "b.mp4", 1000, None, 3, False).people[0]
     apart = [np.abs(person.refs.astype(float).mean(0) - plain.refs.mean(0)).mean()
              for person in (second, first)]
     assert apart[0] < 0.5 * apart[1]              # b's references show b
@@ -2718,19 +2784,19 @@ def test_the_largest_face_that_can_be_dubbed_is_chosen_not_the_largest(people):
         "[x][y]overlay=400:130:shortest=1"
     )
     video = film(people, "edge.mp4", both, "a", "b")
-    track = infer.watch(video, 1000, None, 3, False)
+    track = watch.watch(video, 1000, None, 3, False)
     x = (track.affines[20][:, :2] @ [0, 0]
          + np.linalg.solve(track.affines[20][:, :2], [128, 128] - track.affines[20][:, 2]))[0]
-    assert track.whole.all() and x < 400          # the smaller, whole face on the left
+    assert track.dubbed.all() and x < 400          # the smaller, whole face on the left
 
 
 def test_lying_and_upside_down_faces_are_tracked_where_they_are(people):
-    upright = infer.watch(people / "a.mp4", 20, None, 3, False)
+    upright = watch.watch(people / "a.mp4", 20, None, 3, False)
     for name, turn, back in (("left", "transpose=2", 1), ("right", "transpose=1", 3),
                              ("upside", "hflip,vflip", 2)):
         video = film(people, f"{name}.mp4", f"[0:v]trim=0:1,{turn}", "a")
-        track = infer.watch(video, 20, None, 3, False)
-        assert track.whole.all()
+        track = watch.watch(video, 20, None, 3, False)
+        assert track.dubbed.all()
         frame, plain = next(media.read_frames(video)), next(media.read_frames(people / "a.mp4"))
         crops = faces.crop(frame, track.affines[0]), faces.crop(plain, upright.affines[0])
         assert np.abs(crops[0].astype(float) - crops[1])[60:200, 60:196].mean() < 12, name
@@ -2738,12 +2804,12 @@ def test_lying_and_upside_down_faces_are_tracked_where_they_are(people):
 
 def test_a_lying_face_that_cannot_be_followed_is_refused_as_such(people, tmp_path):
     video, sound = film(people, "lying.mp4", f"[0:v]{LYING},setsar=1", "a"), people / "a.wav"
-    with pytest.raises(lipsync.BadInput, match=rf"^{re.escape(str(video))}: {faces.LYING}$"):
-        infer.watch(video, 1000, None, 3, False)
+    with pytest.raises(common.BadInput, match=rf"^{re.escape(str(video))}: {faces.LYING}$"):
+        watch.watch(video, 1000, None, 3, False)
     ffmpeg("-i", video, "-i", sound, "-c:v", "copy", "-shortest", tmp_path / "lying.mp4")
     assert data.prepare(tmp_path, workers=1)["refused"] == {faces.LYING: 1}
-    with pytest.raises(lipsync.BadInput, match="no face in any of its 30 frames"):
-        infer.watch(film(people, "covered.mp4", f"[0:v]{COVERED}", "a"), 1000, None, 3, False)
+    with pytest.raises(common.BadInput, match="no face in any of its 30 frames"):
+        watch.watch(film(people, "covered.mp4", f"[0:v]{COVERED}", "a"), 1000, None, 3, False)
     then = film(
         people,
         "then_lying.mp4",
@@ -2751,15 +2817,15 @@ def test_a_lying_face_that_cannot_be_followed_is_refused_as_such(people, tmp_pat
         f"[x][y]concat",
         "a",
     )
-    reasons = infer.watch(then, 1000, None, 3, False).reasons
+    reasons = watch.watch(then, 1000, None, 3, False).reasons
     assert not any(reasons[:25]) and set(reasons[35:]) == {faces.LYING}
 
 
 def test_a_face_at_the_edge_is_counted_as_partly_outside_and_a_whole_one_is_dubbed(people):
     edge = ("[0:v]trim=0:1,setpts=PTS-STARTPTS,crop=345:360:150:0,setsar=1[x];"
             "[1:v]trim=1:2,setpts=PTS-STARTPTS,crop=345:360:295:0,setsar=1[y];[x][y]concat")
-    track = infer.watch(film(people, "edgeface.mp4", edge, "a", "b"), 1000, None, 3, False)
-    assert track.whole.tolist() == 25 * [True] + 25 * [False]
+    track = watch.watch(film(people, "edgeface.mp4", edge, "a", "b"), 1000, None, 3, False)
+    assert track.dubbed.tolist() == 25 * [True] + 25 * [False]
     assert track.reasons == 25 * [""] + 25 * ["partly outside"]
 
 

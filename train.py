@@ -3,25 +3,24 @@
     stage     | code                              | patent
     sync      | train_sync                        | S3(1): syncXnet, trained as SyncNet was
     lip       | train_lip                         | S3(2): the lip reader
-    mouth     | train_mouth, find_offsets         | S2(4)a-f and LipHead, from landmarks alone
+    mouth     | train_mouth, find_offsets         | S2(4)a-f and LipHead, from landmarks and sound
     generator | train_generator, generator_terms  | S3: five losses, Adam, warm-up, cosine
     eval      | bench/evaluate.py                 | the held-out table, with its baselines
 
 `python train.py --data DIR --preset edge` runs the stages that are not yet done and ends with the
-table. RUN/ holds config.json, log.csv, samples/, curves.png, offsets.json, the resumable sync.pt,
-lip.pt, mouth.pt, generator.pt, and weights.pt for infer.py. What all loops share is in loop.py.
-Axes as in lipsync.py and experts.py.
+table. RUN/ holds config.json, log.csv, samples/, curves.png, offsets.json, eval.json, a strip of
+each held-out folder, the resumable sync.pt, lip.pt, mouth.pt, generator.pt, and weights.pt for
+infer.py. The flags are in options.py; what all stages share, preparing the folder too, is in
+loop.py. Letters as in common.py.
 """
-import argparse
 import dataclasses
 import datetime
 import json
 import math
 import os
 import time
-import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,311 +29,22 @@ from torch import nn
 from torch.nn import functional as fn
 from tqdm import tqdm
 
+import common
 import data
 import experts
 import faces
+import lipreader
 import lipsync
 import losses
-import media
 import sampling
-from lipsync import BadInput
-from loop import Keeper, make_adam, make_loader, update, wait_for_all, warm_cosine
+from common import BadInput
+from lips import mouth_width
+from loop import (Keeper, begin_expert, build_networks, copy_states, is_finished, load_experts,
+                  make_adam, make_loader, open_run, prepare_features, update, wait_for_all,
+                  warm_cosine)
+from options import STAGES, parse_flags
 
-STAGES = ("sync", "lip", "mouth", "generator")
-LATEST = 6  # frames that a video's own sound may be off
-
-
-# ---------------------------------------------------------------- configuration
-def option(default, help, choices=None):
-    return field(default=default, metadata=dict(help=help, choices=choices))
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every number of a training run; each is a flag."""
-    data: str = option("", "folder of talking-head videos")
-    held_out: str = option("", "videos never trained on: parts of their paths, with commas "
-                           "between; empty: a hashed tenth")
-    amplitude_share: float = option(0.3, "share of samples that teach the amplitude")
-    random_refs: bool = option(False, "references at random, not by the rule (ablation)")
-    keep_offsets: bool = option(False, "leave each video's sound where it is")
-
-    preset: str = option("edge", "the network; what is empty or 0 below comes from it",
-                         tuple(lipsync.PRESETS))
-    audio_encoder: str = option("", "whisper name or file, wav2vec2:X, hubert:X, scratch")
-    decoder: str = option("", "of the pictures", ("", "spade", "conv"))
-    refs: int = option(0, "reference pictures R")
-    spacing: int = option(0, "of the audio window, frames")
-    one_way: bool = option(False, "audio does not look at the image (ablation)")
-    no_mask: bool = option(False, "fusion without the upper-half mask (ablation)")
-    no_warp: bool = option(False, "the patent's plain network: no lips, no warp")
-    weights: str = option("", "start from this checkpoint")
-    expert_size: str = option("small", "of both experts", ("small", "full"))
-    expert_weights: str = option("", "start of the full sync expert's ResNeXt: imagenet, or a file")
-    sync_audio: str = option("", "what the sync expert hears", ("", "features", "mel"))
-
-    sync_steps: int = option(4_000, "optimizer steps of the sync expert")
-    lip_steps: int = option(4_000, "of the lip reader")
-    mouth_steps: int = option(1_500, "of the mouth")
-    steps: int = option(20_000, "of the generator")
-    batch: int = option(16, "groups of S frames per step and process (S3); sync: four times that")
-    group: int = option(5, "S, frames of a group (S3(1))")
-    micro: int = option(0, "groups per forward, to save memory; 0: batch")
-    mouth_batch: int = option(24, "clips per step of the mouth, ten frames each")
-    lr: float = option(1e-4, "Adam's rate for the generator, after warm-up (S3)")
-    discriminator_lr: float = option(4e-4, "for the discriminator")
-    sync_lr: float = option(1e-3, "for the sync expert")
-    lip_lr: float = option(1e-3, "for the lip reader")
-    mouth_lr: float = option(1e-3, "for the mouth")
-    warmup: float = option(0.03, "share of the steps in which the rate rises")
-
-    rec_weight: float = option(0.5, "reconstruction loss")
-    coarse_weight: float = option(1.0, "the same on 4 x 4 means: it does not blur")
-    mouth_weight: float = option(8.0, "extra weight of the mouth's pixels; 0: patent")
-    sync_weight: float = option(0.01, "sync loss")
-    lip_weight: float = option(0.1, "lip-reading loss")
-    perceptual_weight: float = option(0.01, "perceptual loss, sum over scales")
-    gan_weight: float = option(0.004, "adversarial loss")
-    sync_start: float = option(0.5, "share of the steps before sync and lip losses enter")
-    gan_start: float = option(0.15, "share of the steps before the adversarial enters")
-    gan: str = option("hinge", "form of the adversarial loss", losses.GAN_FORMS)
-    vgg: str = option("imagenet", "perceptual features: imagenet, a file, or random")
-    true_lips: float = option(0.8, "share of steps that see the true lips, not predicted ones")
-    lips_noise_px: float = option(0.7, "of true lips as a whole, px of 256; each point adds 0.7")
-    min_sync_accuracy: float = option(0.75, "below it the sync expert is not used")
-
-    out: str = option("run", "folder for checkpoints, log and pictures")
-    stage: str = option("all", "what to run", ("all", *STAGES, "eval"))
-    resume: bool = option(False, "continue the run in --out")
-    seed: int = option(0, "of all random numbers")
-    workers: int = option(1, "loader processes")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1")
-    checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    compile: bool = option(False, "torch.compile the generator")
-    save_minutes: float = option(5.0, "between checkpoints")
-    sample_steps: int = option(500, "between sample pictures")
-    eval_clips: int = option(20, "held-out clips of each folder measured by eval")
-
-
-FREE = ("out", "stage", "resume", "workers", "device", "checkpointing", "compile", "save_minutes",
-        "sample_steps", "eval_clips")  # what a resumed run may change
-POSITIVE = ("steps", "batch", "group", "lr", "clips")  # numbers whose names end so are not 0
-# What a preset changes. VGG costs more than the edge network, so without a GPU it stays away.
-TRAINING = {
-    "full": {},
-    "edge": dict(batch=4, lr=6e-4, sync_lr=2e-3, perceptual_weight=0.0),
-    "tiny": dict(batch=4, lr=1e-3, sync_lr=2e-3, perceptual_weight=0.0, sync_start=0.9, steps=1500,
-                 sync_steps=600, lip_steps=650, mouth_steps=600, sample_steps=300, eval_clips=8),
-}
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse_flags(argv=None):
-    """Flags over the preset's defaults, or with --resume over RUN/config.json -> TrainConfig"""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
-        epilog=f"--preset changes defaults: {TRAINING}")
-    for one in dataclasses.fields(TrainConfig):
-        kind = {"type": type(one.default), "metavar": one.name.upper()}
-        if isinstance(one.default, bool):
-            kind = {"action": "store_true"}
-        choices = ", ".join(filter(None, one.metadata["choices"] or ()))
-        words = ": ".join(filter(None, (one.metadata["help"], choices)))
-        parser.add_argument(flag(one.name), help=f"{words} ({one.default})", **kind)
-    given = vars(parser.parse_args(argv))
-    base = TRAINING.get(given.get("preset", TrainConfig.preset), {})
-    path = Path(given.get("out", TrainConfig.out), "config.json")
-    if given.get("resume") and path.is_file():
-        base = {**read_saved_config(path), "resume": False}
-        for name, value in given.items():
-            there = base.get(name)
-            if name in ("out", "stage", "resume") or value == there:
-                continue
-            text = f"{flag(name)} {value}: the run in {path.parent} was begun with {there}"
-            if name not in FREE:
-                raise BadInput(f"{text}; resume it as it was")
-            print(text)
-    config = TrainConfig(**{**base, **given})
-    check_config(config)
-    return config
-
-
-def read_saved_config(path):
-    """-> dict; BadInput if a field is unknown or of another type"""
-    saved = data.read_json(path)
-    kinds = {one.name: type(one.default) for one in dataclasses.fields(TrainConfig)}
-    good = isinstance(saved, dict) and len(saved) > 0
-    if not good or any(type(value) is not kinds.get(name) for name, value in saved.items()):
-        raise BadInput(f"{path}: not the config of a run of this version")
-    return saved
-
-
-def check_config(config):
-    """BadInput names the flag whose value is not allowed."""
-    for one in dataclasses.fields(config):
-        value, choices = getattr(config, one.name), one.metadata["choices"]
-        text = f"{flag(one.name)} {value}"
-        if choices and value not in choices:
-            raise BadInput(f"{text}: choose from {', '.join(filter(None, choices))}")
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise BadInput(f"{text}: must be a number, not a negative one")
-        if value == 0 and not isinstance(value, bool) and one.name.endswith(POSITIVE):
-            raise BadInput(f"{text}: must be positive")
-    if not config.data:
-        raise BadInput("--data DIR is missing: a folder of talking-head videos")
-    if config.group != experts.GROUP and config.sync_weight:
-        raise BadInput(f"--group {config.group}: the sync expert sees {experts.GROUP} frames; "
-                       "use that, or --sync-weight 0")
-
-
-# ---------------------------------------------------------------- what a run is made of
-@dataclass
-class Run:
-    """What the stages share; no training state."""
-    config: TrainConfig
-    out: Path
-    rank: int
-    world: int
-    device: torch.device
-    clips: list  # of data.ClipInfo, to train on
-    held_out: list
-    net_config: lipsync.Config
-    audio_encoder: nn.Module
-    features: str  # key of a frozen encoder's feature files; None: it learns
-    start: dict = field(default_factory=dict)  # what the checkpoint of --weights holds
-
-    @property
-    def sync_audio(self):
-        return self.config.sync_audio or ("features" if self.features else "mel")
-
-
-def open_run(config):
-    """Prepares the videos that are new, and puts a Run together."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    own_gpu = world > 1 and config.device == "auto" and torch.cuda.is_available()
-    device = lipsync.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if rank == 0 and (not data.list_clips(config.data) or data.list_videos(config.data)):
-        data.print_report(data.prepare(config.data))  # prepared clips alone are fine, too
-    wait_for_all(world)
-    clips, held_out = data.split_clips(data.list_clips(config.data), config.held_out)
-    start = lipsync.load_checkpoint(config.weights) if config.weights else {}
-    torch.manual_seed(config.seed)  # of the audio encoder, if it learns
-    net_config, encoder = network_config(config, start)
-    features = features_key(net_config.audio_encoder, encoder) if encoder.frozen else None
-    return Run(config, Path(config.out), rank, world, device, clips, held_out, net_config,
-               encoder.to(device), features, start)
-
-
-def network_config(config, start):
-    """The config of --weights or the preset, as the flags change it -> it, audio encoder"""
-    names = ("audio_encoder", "decoder", "refs", "spacing")
-    changes = {name: getattr(config, name) for name in names if getattr(config, name)}
-    off = dict(one_way="bidirectional", no_mask="mask_upper", no_warp="warp")
-    changes |= {name: False for flag, name in off.items() if getattr(config, flag)}
-    try:
-        base = lipsync.Config(**start["config"]) if start else lipsync.PRESETS[config.preset]
-        net_config = dataclasses.replace(base, checkpointing=config.checkpointing, **changes)
-    except (KeyError, TypeError, ValueError) as error:
-        where = f"{config.weights}: " if start else ""
-        raise BadInput(where + str(error).split(", got")[0]) from None
-    kept = None if config.audio_encoder else start.get("audio_encoder")
-    encoder = lipsync.build_audio_encoder(net_config, kept)
-    family, source = lipsync.parse_audio_encoder(net_config.audio_encoder)
-    path = Path(source)  # no path of this machine in the checkpoint
-    source = path.stem if path.is_file() else path.name if path.is_dir() else source
-    name = f"{family}:{source}" if source else family
-    return dataclasses.replace(net_config, audio_encoder=name, audio_dim=encoder.dim), encoder
-
-
-def features_key(name, encoder):
-    """Names the feature files of a frozen encoder: other weights, other files."""
-    digest = 0
-    for value in encoder.state_dict().values():
-        digest = zlib.crc32(value.numpy().tobytes(), digest)
-    return f"{name}-{digest:08x}"
-
-
-def prepare_features(run, noisy=False):
-    """A frozen audio encoder hears every clip once (noisy: also a corrupted copy); its features lie
-    beside the clip, float16 [T, D]."""
-    if not run.features:
-        return
-    jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in {False, noisy}]
-    jobs = jobs[run.rank::run.world]  # shared out before anyone writes: no clip falls between two
-    targets = [sampling.feature_path(path, run.features, noise) for path, noise in jobs]
-    jobs = [(*job, target) for job, target in zip(jobs, targets) if not target.is_file()]
-    for path, noise, target in tqdm(jobs, desc="audio features", unit="clip", disable=not jobs):
-        clip = data.load_or_skip(path)
-        if clip is None:
-            continue
-        wave = clip.sound()
-        if noise:
-            rng = np.random.default_rng([run.config.seed, media.hash_of(path.name)])
-            wave = sampling.corrupt_sound(wave, rng)
-        features = run.audio_encoder(torch.from_numpy(wave)[None].to(run.device))[0]  # [L, D]
-        features = features[torch.arange(len(clip)).clamp(max=len(features) - 1)]  # [T, D]
-        part = target.with_name(f".{os.getpid()}.{target.name}")
-        np.save(part, features.half().cpu().numpy())
-        os.replace(part, target)
-    wait_for_all(run.world)
-
-
-def build_networks(run):
-    """The network as --weights or the seed has it, and its audio encoder -> LipSync, module"""
-    torch.manual_seed(run.config.seed)  # the same in every process
-    net = lipsync.LipSync(run.net_config).to(run.device, memory_format=torch.channels_last)
-    encoder = run.audio_encoder
-    if run.start:
-        states = [(net, run.start.get("model", {}))]
-        if not encoder.frozen:
-            saved = run.start.get("audio_encoder") or {}
-            states.append((encoder, saved.get("state", {})))
-        copy_states(run.config.weights, run.start, net, states)
-    elif not encoder.frozen:
-        begin = lipsync.build_audio_encoder(run.net_config)
-        sync, _ = load_experts(run)
-        if sync and sync.audio_encoder is not None and sync.config["audio_dim"] == encoder.dim:
-            begin = sync.audio_encoder  # it has learned to hear there
-        encoder.load_state_dict(begin.state_dict())
-    return net, encoder
-
-
-def copy_states(path, content, net, states):
-    """states: pairs (module, its state in a checkpoint). BadInput names the fields in which the
-    checkpoint's config differs from the network's."""
-    try:
-        for module, state in states:
-            module.load_state_dict(state)
-    except RuntimeError:
-        saved, ours = content.get("config", {}), dataclasses.asdict(net.config)
-        differ = [f"{name} {saved.get(name)} there, {value} here" for name, value in ours.items()
-                  if tuple(np.ravel(saved.get(name))) != tuple(np.ravel(value))]
-        reason = "; ".join(differ) or "other layers"
-        raise BadInput(f"{path}: does not fit this network: {reason}") from None
-
-
-def load_experts(run):
-    """This run's experts, else those inside --weights, frozen -> sync or None, reader or None"""
-    nets = []
-    for name in ("sync", "lip"):
-        path, content = run.out / f"{name}.pt", run.start.get(name)
-        if path.is_file():
-            saved = lipsync.load_checkpoint(path, name)
-            content = {"config": saved["config"], "state": saved["state"]["net"]}
-        net = experts.load_expert(content)  # in eval mode: BatchNorm's statistics stay (S3)
-        nets.append(net and net.to(run.device).requires_grad_(False))
-    config = nets[0].config if nets[0] else {}
-    dim = run.net_config.audio_dim
-    if config.get("audio") == "features" and not (run.features and config["audio_dim"] == dim):
-        raise BadInput(f"the sync expert hears {config['audio_dim']} features of a frozen encoder, "
-                       f"this run's is {run.net_config.audio_encoder} ({dim}): train one for it "
-                       "(--stage sync), or use --sync-weight 0 and another --out")
-    return nets
+LATEST = 6  # frames within which find_offsets looks
 
 
 # ---------------------------------------------------------------- the experts
@@ -352,28 +62,22 @@ def train_sync(run):
     batch_size = 4 * config.batch
     keeper = Keeper(run, "sync", parts, config.sync_steps, batch_size * experts.GROUP,
                     {"kind": "sync", "config": net.config}, run.clips)
+    offsets = read_offsets(run)  # of an earlier mouth stage, if any
     dataset = sampling.SyncDataset(run.clips, run.net_config, experts.GROUP, config.seed,
-                                   features=run.features, sync_audio=run.sync_audio)
+                                   features_key=run.features_key, sync_audio=run.sync_audio,
+                                   offsets=offsets)
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, batch_size)):
-        with lipsync.autocast(run.device):
+        with common.autocast(run.device):
             pictures = batch["pictures"].float() / 255  # [B, S, 3, 64, 128]
             if config.expert_size == "small":  # only what it sees
-                pictures = experts.mouth_view(pictures, experts.VIEW_PX["small"])
-            pictures, negatives = experts.jitter_pictures(pictures), all_negatives(batch)
+                pictures = lipreader.mouth_view(pictures, lipreader.VIEW_PX["small"])
+            pictures, negatives = lipreader.jitter_pictures(pictures), all_negatives(batch)
             loss, accuracy = experts.sync_batch_loss(net, pictures, batch["sound"], negatives)
         loss.backward()
         norm = update(run, optimizer, scheduler)
         keeper.log(dict(total=loss.item(), sync=loss.item(), accuracy=accuracy.item(),
                         grad_norm=norm))
     return not keeper.stopped
-
-
-def begin_expert(run, name, net):
-    """The expert inside --weights where it has the shape of the new one `net`, else that"""
-    saved = run.start.get(name)
-    if saved and saved["config"] == net.config:
-        return experts.load_expert(saved)
-    return net
 
 
 def all_negatives(batch):
@@ -395,7 +99,7 @@ def train_lip(run):
         if run.rank == 0:
             print("lip: skipped, no clip has a text")
         return True
-    net = begin_expert(run, "lip", experts.LipReader(config.expert_size))
+    net = begin_expert(run, "lip", lipreader.LipReader(config.expert_size))
     net.to(run.device).train()
     optimizer, scheduler = make_adam(net.parameters(), config.lip_lr, config.lip_steps,
                                      config.warmup)
@@ -403,12 +107,12 @@ def train_lip(run):
     keeper = Keeper(run, "lip", parts, config.lip_steps, config.batch * data.CLIP_FRAMES,
                     {"kind": "lip", "config": net.config}, infos)
     dataset = sampling.SentenceDataset(infos, config.seed)
-    view = experts.VIEW_PX[config.expert_size]
+    view = lipreader.VIEW_PX[config.expert_size]
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):
-        with lipsync.autocast(run.device):
-            video = experts.mouth_view(batch["video"].float() / 255, view)  # [B, T, 3, h, w]
-            video = experts.jitter_pictures(video, 0.5)
-            loss = experts.lip_batch_loss(net, video, batch["tokens"], batch["length"])
+        with common.autocast(run.device):
+            video = lipreader.mouth_view(batch["video"].float() / 255, view)  # [B, T, 3, h, w]
+            video = lipreader.jitter_pictures(video, 0.5)
+            loss = lipreader.lip_batch_loss(net, video, batch["tokens"], batch["length"])
         loss.backward()
         norm = update(run, optimizer, scheduler)
         keeper.log(dict(total=loss.item(), lip=loss.item(), grad_norm=norm))
@@ -425,8 +129,13 @@ def train_mouth(run):
     if config.no_warp:
         return True
     prepare_features(run)
+    silence = None
+    if run.features_key:
+        second = torch.zeros(1, common.SAMPLE_RATE, device=run.device)
+        silence = run.audio_encoder(second.repeat(1, 5))[0].cpu().numpy()  # [125, D]
     if not config.keep_offsets and not (config.resume and path.is_file()):
-        samples = sampling.MouthSamples(run.clips, run.net_config, run.features, config.seed)
+        samples = sampling.MouthSamples(run.clips, run.net_config, run.features_key, config.seed,
+                                        silence=silence)
         net, encoder, parts = build_mouth(run, config.mouth_steps // 3)
         for step in tqdm(range(config.mouth_steps // 3), desc="mouth, first try", unit="step",
                          disable=run.rank > 0):
@@ -437,8 +146,8 @@ def train_mouth(run):
             counts = dict(Counter(offsets.values()))
             print(f"videos whose sound is moved to the lips, by frames: {counts}")
         wait_for_all(run.world)
-    samples = sampling.MouthSamples(run.clips, run.net_config, run.features, config.seed,
-                                    read_offsets(run))
+    samples = sampling.MouthSamples(run.clips, run.net_config, run.features_key, config.seed,
+                                    read_offsets(run), silence)
     net, encoder, parts = build_mouth(run, config.mouth_steps)
     keeper = Keeper(run, "mouth", parts, config.mouth_steps, 10 * config.mouth_batch,
                     {"kind": "mouth", "config": dataclasses.asdict(run.net_config)})
@@ -474,18 +183,18 @@ def mouth_step(run, net, encoder, parts, batch):
     audio = batch_audio(batch, encoder)  # [B, F, D]
     audio = audio + 0.1 * torch.randn_like(audio)  # features that differ a little ask for the same
     lips = net.predict_lips(audio, batch["amplitude"], batch["points"])
-    loss = losses.mouth_loss(lips, batch["lips"], lipsync.mouth_width(batch["points"]))
+    loss = losses.mouth_loss(lips, batch["lips"], mouth_width(batch["points"]))
     loss.backward()
     return loss.item(), update(run, parts["optimizer"], parts["scheduler"])
 
 
 def batch_audio(batch, encoder):
-    """The audio windows of a batch of samples, read or encoded -> [B, F, D]"""
+    """The audio windows of all frames of a batch of samples, read or encoded -> [BS, F, D]"""
     if "audio" in batch:
-        return batch["audio"].flatten(0, -3)
+        return batch["audio"].flatten(0, -3)  # [B, S, F, D] or [BS, F, D]
     features = encoder.encode_mel(batch["mel"])  # [B, L, D]
     rows = torch.arange(len(features), device=features.device)[:, None, None]
-    return features[rows, batch["window"]].flatten(0, 1)
+    return features[rows, batch["window"]].flatten(0, 1)  # window [B, S, F]
 
 
 @torch.no_grad()
@@ -519,8 +228,8 @@ def find_offsets(run, net, encoder):
 
 def predict_clip(run, net, encoder, clip, info):
     """A clip's landmarks with the lips and jaw that its sound asks for -> [T, K, 3] crop px"""
-    if run.features:
-        sound = np.load(sampling.feature_path(info.path, run.features))
+    if run.features_key:
+        sound = np.load(sampling.feature_path(info.path, run.features_key))
         features = torch.from_numpy(sound).float().to(run.device)
     else:
         features = encoder.encode_mel(torch.from_numpy(clip.mel[None]).float().to(run.device))[0]
@@ -529,8 +238,8 @@ def predict_clip(run, net, encoder, clip, info):
 
 # ---------------------------------------------------------------- the generator
 def train_generator(run):
-    """loss = w_r rec + w_s sync + w_c lip + w_p perceptual + w_g gan, experts and sound frozen
-    (S3). -> False if stopped early"""
+    """S3: the weighted sum of losses.py; experts frozen, what hears too but for --no-warp.
+    -> False if stopped early"""
     from bench import progress  # to look at, not in the patent: a room of its own
     config = run.config
     prepare_features(run)
@@ -555,9 +264,8 @@ def train_generator(run):
     sync_audio = judges.sync.config["audio"] if judges.sync else run.sync_audio
     spread = round(config.sync_start * config.steps) * config.batch * run.world
     dataset = sampling.ClipDataset(run.clips, run.net_config, config.group, config.seed,
-                                   config.amplitude_share, config.random_refs,
-                                   features=run.features, sync_audio=sync_audio, spread=spread,
-                                   offsets=read_offsets(run))
+                                   config.amplitude_share, config.random_refs, run.features_key,
+                                   sync_audio, read_offsets(run), spread)
     forward = torch.compile(net) if config.compile else net
     micro = config.micro or config.batch
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):
@@ -567,8 +275,8 @@ def train_generator(run):
         for first in range(0, config.batch, micro):
             part = {name: value[first:first + micro] for name, value in batch.items()}
             share = len(part["clip"]) / config.batch
-            with lipsync.autocast(run.device):
-                output, target = draw(run, forward, encoder, part, step)
+            with common.autocast(run.device):
+                output, target = make_pictures(run, forward, encoder, part, step)
                 terms = generator_terms(run, judges, output, target, part, step)
             total = sum(weight * term for weight, term in terms.values())
             (total * share).backward()
@@ -581,7 +289,7 @@ def train_generator(run):
         if "gan" in figures:
             d_optimizer.zero_grad(set_to_none=True)  # what the generator's step left there
             for output, target, share in pairs:
-                with lipsync.autocast(run.device):
+                with common.autocast(run.device):
                     real = discriminator(lower_half(target))
                     fake = discriminator(lower_half(output))
                     loss = losses.discriminator_loss(real, fake, config.gan) * share
@@ -593,7 +301,7 @@ def train_generator(run):
         if run.rank == 0 and ((step + 1) % config.sample_steps == 0 or step + 1 == config.steps):
             progress.save_samples(run, net, encoder, step + 1)
     if not keeper.stopped and run.rank == 0:
-        lipsync.save_checkpoint(run.out / "weights.pt", halved(content))
+        common.save_checkpoint(run.out / "weights.pt", halved(content))
     return not keeper.stopped
 
 
@@ -604,7 +312,7 @@ class Judges:
     reader: nn.Module
     perceptual: nn.Module
     discriminator: nn.Module
-    accuracy: float  # of the sync expert, held out; too low: it is kept, but judges nothing
+    accuracy: float  # of the sync expert, held out; too low, or NaN: its loss is off
 
 
 def load_judges(run):
@@ -630,7 +338,7 @@ def grade_sync(run, sync):
         clip = data.load_or_skip(info.path)
         if clip is None or len(clip) <= 2 * experts.GROUP:
             continue
-        features = run.features and np.load(sampling.feature_path(info.path, run.features))
+        features = run.features_key and np.load(sampling.feature_path(info.path, run.features_key))
         sound = experts.sync_sound(sync, clip.mel, features)
         pictures = sampling.lower_halves(clip, range(len(clip)))
         grades.append(experts.sync_accuracy(*experts.embed_clip(sync, pictures, sound)))
@@ -655,10 +363,11 @@ def loss_report(config, sync, accuracy, reader):
 
 
 def load_mouth(run, net, encoder):
-    """mouth.pt's sound parameters into the network, frozen: the lips are learned."""
+    """mouth.pt's fusion, LipHead and scratch encoder into the network; without it those of
+    --weights. Frozen either way: the lips are learned."""
     path = run.out / "mouth.pt"
     if path.is_file():
-        saved = lipsync.load_checkpoint(path, "mouth")
+        saved = common.load_checkpoint(path, "mouth")
         modules = dict(fusion=net.fusion, lip_head=net.lip_head)
         if not encoder.frozen:
             modules["audio"] = encoder
@@ -679,7 +388,7 @@ def set_training(net, encoder, learn_sound):
         net.lip_head.eval()
 
 
-def draw(run, forward, encoder, batch, step):
+def make_pictures(run, forward, encoder, batch, step):
     """A batch of B groups -> output and target [BS, 3, H, W]"""
     B, S = batch["target"].shape[:2]
     refs = shade(batch["refs"], batch).repeat_interleave(S, 0)  # [BS, R, 3, H, W]
@@ -708,18 +417,18 @@ def lower_half(pictures):
 
 def generator_terms(run, judges, output, target, batch, step):
     """The losses of S3 in its order: {name: (weight, loss)}; output, target [BS, 3, H, W]"""
-    c, terms, progress = run.config, {}, step / run.config.steps
+    c, terms, share_done = run.config, {}, step / run.config.steps
     low, in_sync = lower_half(output), batch["in_sync"]
     groups = low.unflatten(0, (-1, c.group))  # [B, S, 3, H/2, W]
-    late = progress >= c.sync_start
+    experts_on = share_done >= c.sync_start
     # S3(1): BCE(cos(sound, lips), 1)
     judged = judges.accuracy >= c.min_sync_accuracy
-    if c.sync_weight and judged and late and in_sync.any():
+    if c.sync_weight and judged and experts_on and in_sync.any():
         sound = judges.sync.embed_audio(batch["sync"][in_sync])
         lips = judges.sync.embed_video(groups[in_sync])
         terms["sync"] = c.sync_weight, losses.sync_loss(sound, lips)
     # S3(2): -log p(text | video)
-    if c.lip_weight and judges.reader is not None and late:
+    if c.lip_weight and judges.reader is not None and experts_on:
         loss = lip_term(run, judges.reader, groups, batch)
         if loss is not None:
             terms["lip"] = c.lip_weight, loss
@@ -735,22 +444,25 @@ def generator_terms(run, judges, output, target, batch, step):
     if judges.perceptual is not None:
         terms["perceptual"] = c.perceptual_weight, judges.perceptual(output, target)
     # S3(5): what the discriminator makes of the lower half
-    if c.gan_weight and progress >= c.gan_start:
+    if c.gan_weight and share_done >= c.gan_start:
         terms["gan"] = c.gan_weight, losses.generator_loss(judges.discriminator(low), c.gan)
     return terms
 
 
 def mouth_mask(boxes, size):
-    """boxes [B, 4] px (x0, y0, x1, y1) -> [B, 1, H, W], 1 inside"""
+    """boxes [BS, 4] px (x0, y0, x1, y1) -> [BS, 1, H, W], 1 inside"""
     at = torch.arange(size, device=boxes.device)
-    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)  # [B, 1]
-    across, down = (at >= x0) & (at < x1), (at >= y0) & (at < y1)  # [B, size]
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)  # [BS, 1]
+    across, down = (at >= x0) & (at < x1), (at >= y0) & (at < y1)  # [BS, size]
     return (down[:, None, :, None] & across[:, None, None, :]).float()
 
 
 def lip_term(run, reader, groups, batch):
-    """S3(2): the S generated frames of one group replace the real ones in their clip, and the whole
-    sentence is read. groups [B, S, 3, h, w] lower halves -> scalar, or None: no text."""
+    """S3(2): the S generated frames of the first group that has a text
+    and is in sync replace the real ones in their
+    clip, and the whole sentence is read. The real ones get the group's gamma, brightness and
+    mirroring, but not its bend: the reader is used to jitter. groups [B, S, 3, H/2, W] lower halves
+    -> scalar, or None: no text."""
     infos = [run.clips[int(number)] for number in batch["clip"]]
     usable = [b for b, info in enumerate(infos) if batch["in_sync"][b] and info.text]
     if not usable:
@@ -793,28 +505,6 @@ def halved(content):
 
 
 # ---------------------------------------------------------------- python train.py
-def is_finished(run, stage):
-    """Whether RUN/ holds all of a stage's steps (and the generator's weights.pt). BadInput where it
-    holds some of them and --resume is missing, or another number of steps was planned."""
-    path = run.out / f"{stage}.pt"
-    if not path.is_file():
-        return False
-    generator = stage == "generator"
-    steps = run.config.steps if generator else getattr(run.config, f"{stage}_steps")
-    saved = lipsync.load_checkpoint(path, "lipsync" if generator else stage)
-    step, planned = saved.get("step"), saved.get("steps")
-    if type(step) is not int or type(planned) is not int or not 0 <= step <= planned:
-        raise BadInput(f"{path}: step {step} of {planned}: damaged, or not of this version")
-    if planned != steps and step > 0:
-        raise BadInput(f"{path}: was planned for {planned} steps, which its rate follows, not "
-                       f"{steps}; to begin anew, delete it or take another --out")
-    done = step == planned and (not generator or (run.out / "weights.pt").is_file())
-    if step > 0 and not done and not run.config.resume:
-        raise BadInput(f"{path}: stopped at step {step} of {planned}; --resume goes on; to begin "
-                       "anew, delete it or take another --out")
-    return done
-
-
 def main():
     config = parse_flags()
     out = Path(config.out)
@@ -857,4 +547,4 @@ def main():
 
 
 if __name__ == "__main__":
-    lipsync.cli(main)
+    common.cli(main)

@@ -6,7 +6,8 @@
     the frame | render: the jaw, draw_eyes, draw_mouth, the head's turn, the room behind
     clips     | draw_clip, draw_demo
 
-`python data.py --demo DIR` draws a corpus, `python infer.py --demo` dubs one of them.
+`python data.py --demo DIR` draws a corpus, `python infer.py --demo` two
+speakers, and dubs one with the other's sound.
 """
 import multiprocessing
 from collections import namedtuple
@@ -19,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import media
-from lipsync import FPS, SAMPLE_RATE
+from common import FPS, SAMPLE_RATE
 
 # ---- who speaks ---------------------------------------------------------------------------------
 # Lengths are in half face widths ("units"): u to the right, v down, (0, 0) on the nose bridge.
@@ -385,7 +386,7 @@ def draw_teeth(inside, s, x, up, size):
 def render(portrait, mouth, pose=(0, 0, 0, 1, 0, 0), blink=0.0):
     """Draws one frame. -> uint8 RGB [720, 1280, 3]
 
-    mouth: opening, width, rounding, teeth as in SOUNDS; blink: 0 open .. 1 shut
+    mouth: opening, width, rounding (as the width), teeth as in SOUNDS; blink: 0 open .. 1 shut
     pose: x px, y px, roll rad, scale, yaw rad, pitch rad"""
     s = portrait.speaker
     x_px, y_px, roll, scale, yaw, pitch = (float(value) for value in pose)

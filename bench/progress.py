@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import torch
 
+import common
 import data
 import lipsync
 import sampling
@@ -46,7 +47,8 @@ def draw_panel(title, steps, values):
 
 @torch.no_grad()
 def save_samples(run, net, encoder, step, rows=6):
-    """samples/STEP.png: closed reference | open reference | output | truth, of held-out clips."""
+    """samples/STEP.png: closed reference | last reference | output | truth, of held-out
+    clips, or of training clips where none are held out."""
     net.eval()
     encoder.eval()
     infos = run.held_out or run.clips
@@ -60,7 +62,7 @@ def save_samples(run, net, encoder, step, rows=6):
         pictures = np.stack([clip.frame(i) for i in [*refs, middle]])
         sound = torch.from_numpy(clip.sound())[None].to(run.device)
         audio = sampling.clip_audio(net, clip, encoder(sound)[0])[[middle]]  # [1, F, D]
-        with lipsync.autocast(run.device):
+        with common.autocast(run.device):
             made = lipsync.redraw(net, pictures[:-1], pictures[-1:], points[[middle]], audio)
         sheet.append(np.concatenate([pictures[0], pictures[-2], made[0], pictures[-1]], 1))
     if not sheet:  # every one of them is broken, which load_or_skip said
