@@ -249,7 +249,7 @@ class Keeper:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
             common.save_checkpoint(self.path, {**self.content, "state": state, "step": self.step,
-                                                "steps": self.total, "random": random})
+                                               "steps": self.total, "random": random})
         self.saved_at = time.perf_counter()
 
     def steps(self, batches):

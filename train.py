@@ -131,8 +131,8 @@ def train_mouth(run):
     prepare_features(run)
     silence = None
     if run.features_key:
-        second = torch.zeros(1, common.SAMPLE_RATE, device=run.device)
-        silence = run.audio_encoder(second.repeat(1, 5))[0].cpu().numpy()  # [125, D]
+        wave = torch.zeros(1, data.CLIP_FRAMES * common.SAMPLES_PER_FRAME, device=run.device)
+        silence = run.audio_encoder(wave)[0].cpu().numpy()  # [125, D]
     if not config.keep_offsets and not (config.resume and path.is_file()):
         samples = sampling.MouthSamples(run.clips, run.net_config, run.features_key, config.seed,
                                         silence=silence)
@@ -458,11 +458,10 @@ def mouth_mask(boxes, size):
 
 
 def lip_term(run, reader, groups, batch):
-    """S3(2): the S generated frames of the first group that has a text
-    and is in sync replace the real ones in their
-    clip, and the whole sentence is read. The real ones get the group's gamma, brightness and
-    mirroring, but not its bend: the reader is used to jitter. groups [B, S, 3, H/2, W] lower halves
-    -> scalar, or None: no text."""
+    """S3(2): the S generated frames of the first group that has a text and is in sync replace the
+    real ones in their clip, and the whole sentence is read. The real ones get the group's gamma and
+    brightness, the generated ones are mirrored back; the bend stays: the reader is used to jitter.
+    groups [B, S, 3, H/2, W] lower halves -> scalar, or None: no such group."""
     infos = [run.clips[int(number)] for number in batch["clip"]]
     usable = [b for b, info in enumerate(infos) if batch["in_sync"][b] and info.text]
     if not usable:

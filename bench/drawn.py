@@ -6,8 +6,8 @@
     the frame | render: the jaw, draw_eyes, draw_mouth, the head's turn, the room behind
     clips     | draw_clip, draw_demo
 
-`python data.py --demo DIR` draws a corpus, `python infer.py --demo` two
-speakers, and dubs one with the other's sound.
+`python data.py --demo DIR` draws a corpus, `python infer.py --demo` two speakers, and dubs one with
+the other's sound.
 """
 import multiprocessing
 from collections import namedtuple

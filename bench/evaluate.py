@@ -113,10 +113,11 @@ def measure_lips(net, clip, features, silent, late):
     as it is and with the frame's head pose, px."""
     true = clip.landmarks
     landmarks, shapes = predict_shapes(net, clip, features)
-    row = metrics.compare_shapes(shapes, faces.mouth_shape(true))
+    wanted = faces.mouth_shape(true)  # [T, 3]
+    row = metrics.compare_shapes(shapes, wanted)
     row["error"] = metrics.point_error(landmarks, true, metrics.LIPS)
-    row["deviation"] = shapes[:, 0].std() / max(faces.mouth_shape(true)[:, 0].std(), 0.1)
-    row["shift"] = metrics.lips_find_shift(shapes[:, 0], faces.mouth_shape(true)[:, 0], late)
+    row["deviation"] = shapes[:, 0].std() / max(wanted[:, 0].std(), 0.1)
+    row["shift"] = metrics.lips_find_shift(shapes[:, 0], wanted[:, 0], late)
     _, shapes = predict_shapes(net, clip, silent)
     row["silence"] = shapes[:, 0].mean()
     for amplitude in (0.5, 1.5):

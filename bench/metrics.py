@@ -32,12 +32,13 @@ def correlation(a, b):
 
 def shifted(made, true, reach):
     """{shift in frames: r}; + = the made mouth is late"""
-    scores = {}
-    for shift in range(-reach, reach + 1):
-        late, early = max(0, shift), max(0, -shift)
-        overlap = len(true) - abs(shift)
-        scores[shift] = correlation(made[late:late + overlap], true[early:early + overlap])
-    return scores
+    return {shift: correlation(*overlap(made, true, shift)) for shift in range(-reach, reach + 1)}
+
+
+def overlap(a, b, shift):
+    """What two series of one length share once a is moved to be `shift` frames earlier"""
+    count = len(a) - abs(shift)
+    return a[max(0, shift):][:count], b[max(0, -shift):][:count]
 
 
 def lag_of(made, true, reach=5):
@@ -50,9 +51,8 @@ def lag_of(made, true, reach=5):
 def lips_find_shift(made, true, late):
     """Whether lips made from a sound that is moved to be `late` frames later tell so, to within one
     frame; openings [T]. A video's own delay counts as a miss."""
-    overlap = len(true) - abs(late)
-    made_late, seen = made[max(0, -late):], true[max(0, late):]
-    found = lag_of(made_late[:overlap], seen[:overlap], experts.MAX_SHIFT)
+    seen, made_late = overlap(true, made, late)
+    found = lag_of(made_late, seen, experts.MAX_SHIFT)
     return abs(found - late) <= 1
 
 
@@ -219,9 +219,7 @@ def measure_experts(networks, clip, text_of_another, rng, late):
 def shift_found(video, audio, late):
     """Whether a sound that is moved to be `late` frames later is found so, to within one frame, by
     the sync expert; video, audio [G, E] of a clip. A video's own delay counts as a miss."""
-    overlap = len(video) - abs(late)
-    lips, sound = video[max(0, late):], audio[max(0, -late):]
-    curve = experts.sync_curve(lips[:overlap], sound[:overlap])
+    curve = experts.sync_curve(*overlap(video, audio, late))
     offset, _, _ = experts.read_curve(curve)
     return abs(offset - late) <= 1
 
