@@ -101,19 +101,21 @@ class EncoderStage(nn.Module):
     """Convolution, GroupNorm, activation; where the stride is 2, then a residual convolution.
 
     Patent: S2(2), stacked 2-D convolutions, group normalisations, activations; some of stride 2.
-    Shapes: [B, C, h, w] -> [B, C', h/stride, w/stride].
+    Shapes: [B, C, h, w] -> [B, C', h/stride, w/stride]; with fold > 1 h and w are fold times that.
     Choice: the second convolution, LeakyReLU; the patent gives neither.
     """
 
-    def __init__(self, channels_in, channels, groups, stride):
+    def __init__(self, channels_in, channels, groups, stride, fold=1):
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, 3, stride, padding=1)
+        self.fold = fold
+        self.conv = nn.Conv2d(channels_in * fold ** 2, channels, 3, stride, padding=1)
         self.norm = nn.GroupNorm(groups, channels)
         self.refine = nn.Conv2d(channels, channels, 3, padding=1) if stride == 2 else None
 
     def forward(self, x):
-        check(x, "B C h w", "image.stage_in", C=self.conv.in_channels)
-        x = fn.leaky_relu(self.norm(self.conv(x)), 0.2)              # [B, C', h/stride, w/stride]
+        check(x, "B C h w", "image.stage_in", C=self.conv.in_channels // self.fold ** 2)
+        x = folded_conv(x, self.conv, self.fold)                     # [B, C', h/stride, w/stride]
+        x = fn.leaky_relu(self.norm(x), 0.2)
         return x if self.refine is None else x + fn.leaky_relu(self.refine(x), 0.2)
 
 
@@ -130,20 +132,19 @@ class ImageEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, groups = config, config.refs + 1
-        before, stride = 3 * groups * config.fold ** 2, 1
+        before, stride, fold = 3 * groups, 1, config.fold
         self.stages = nn.ModuleList()
         for width in config.channels:
-            self.stages.append(EncoderStage(before, width, groups, stride))
-            before, stride = width, 2
+            self.stages.append(EncoderStage(before, width, groups, stride, fold))
+            before, stride, fold = width, 2, 1
 
     def forward(self, refs, masked):
         R = self.config.refs
         B, _, _, H, W = check(refs, "B R 3 H W", "image.refs", R=R, low=0, high=1).shape
         check(masked, "B 3 H W", "image.masked", B=B, H=H, W=W, low=0, high=1)
         dtype = self.stages[0].conv.weight.dtype                     # perhaps bfloat16
-        upper = (masked * half_mask(masked)).to(dtype)               # [B, 3, H, W]
-        x = torch.cat([refs.to(dtype).flatten(1, 2), upper], 1)      # [B, 3(R+1), H, W]
-        x = fold_pixels(x, self.config.fold)                         # [B, .., H/fold, W/fold]
+        upper = masked * half_mask(masked)                           # [B, 3, H, W]
+        x = torch.cat([refs.flatten(1, 2), upper], 1).to(dtype)      # [B, 3(R+1), H, W]
         skips = []
         for stage in self.stages:
             x = _stage(self, stage, x)                               # [B, C_i, h_i, w_i]
@@ -151,15 +152,14 @@ class ImageEncoder(nn.Module):
         return x, skips[:-1]
 
 
-def fold_pixels(x, fold):
-    """nn.functional.pixel_unshuffle, straight into channels_last memory: one copy, not two.
+def folded_conv(x, conv, fold):
+    """conv(pixel_unshuffle(x, fold)), but the weights are unfolded, not the pictures: no copy.
 
-    Shapes: x [B, C, H, W] -> [B, C fold^2, H/fold, W/fold].
-    Choice: keeps every pixel and moves the work to a smaller map.
+    Shapes: x [B, C, H, W], conv of C fold^2 channels -> [B, C', H/fold/stride, W/fold/stride].
+    Choice: folding keeps every pixel and moves the work to a smaller map.
     """
-    x = x.unflatten(3, (-1, fold)).unflatten(2, (-1, fold))          # [B, C, h, fold, w, fold]
-    rows = x.permute(0, 2, 4, 1, 3, 5).contiguous()                  # [B, h, w, C, fold, fold]
-    return rows.flatten(3).permute(0, 3, 1, 2)
+    weight = fn.pixel_shuffle(conv.weight, fold)                     # [C', C, 3 fold, 3 fold]
+    return fn.conv2d(x, weight, conv.bias, fold * conv.stride[0], padding=fold)
 
 
 def _stage(owner, module, *inputs):
@@ -315,8 +315,11 @@ def smooth_blocks(x, fold):
         comes from the references' own pixels, so this loses little.
     """
     before, after = (fold - 1) // 2, fold // 2
-    padded = fn.pad(x, (before, after, before, after), mode="replicate")
-    return fn.avg_pool2d(padded, fold, 1)
+    H, W = x.shape[2:]
+    x = fn.pad(x, (before, after, before, after), mode="replicate")
+    x = sum(x[:, :, row:row + H] for row in range(fold))             # [B, C, H, W + fold - 1]
+    x = sum(x[..., column:column + W] for column in range(fold))     # [B, C, H, W]
+    return x / fold ** 2
 
 
 def join_halves(upper, lower, reach=16, width=5):
@@ -477,7 +480,7 @@ class ImageDecoder(nn.Module):
         if self.mix is not None:
             draft = self.mix(x, refs)                                # [B, 3, 5/8 H, W]
             check(draft, "B 3 H W", "decoder.draft", B=B)
-            folded = fold_pixels(draft.to(x.dtype), fold)            # [B, 3 fold^2, 5/8 h_i, w_i]
+            folded = fn.pixel_unshuffle(draft.to(x.dtype), fold)     # [B, 3 fold^2, 5/8 h_i, w_i]
             x = self.finish(torch.cat([x, folded], 1))               # [B, C_i, 5/8 h_i, w_i]
         x = self.out(fn.leaky_relu(x, 0.2)).float()                  # [B, 3 fold^2, 5/8 h_i, w_i]
         x = smooth_blocks(fn.pixel_shuffle(x, fold), fold)           # [B, 3, 5/8 H, W]

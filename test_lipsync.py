@@ -134,7 +134,7 @@ def test_the_readme_lists_every_file_and_names_only_what_exists():
 
 
 WITH_SHAPES = """
-    log_mel level_sound in_windows encode_batch build_audio_encoder half_mask fold_pixels lower_rows
+    log_mel level_sound in_windows encode_batch build_audio_encoder half_mask folded_conv lower_rows
     audio_window attention position_code mouth_width smooth_blocks join_halves redraw mouth_loss
     cosine sync_loss lip_reading_loss reconstruction_loss discriminator_loss generator_loss
 """.split()
@@ -374,10 +374,24 @@ def test_lower_rows_are_the_lower_half_and_an_eighth_above():
     assert lower_rows(x)[:, 0].tolist() == list(range(6, 16))
 
 
-def test_folding_pixels_is_torchs_pixel_unshuffle():
+def test_a_folded_convolution_is_a_convolution_of_torchs_pixel_unshuffle():
     x = torch.rand(B, 6, 16, 24)
-    for fold in (1, 2, 4):
-        assert torch.equal(lipsync.fold_pixels(x, fold), fn.pixel_unshuffle(x, fold))
+    for fold, stride in ((1, 1), (2, 1), (4, 1), (2, 2)):
+        conv = torch.nn.Conv2d(6 * fold ** 2, 5, 3, stride, padding=1)
+        expected = conv(fn.pixel_unshuffle(x, fold))
+        torch.testing.assert_close(lipsync.folded_conv(x, conv, fold), expected)
+
+
+def test_smoothing_blocks_is_the_mean_of_fold_by_fold_pixels():
+    x = torch.rand(B, 3, 12, 20)
+    mean = lipsync.smooth_blocks(x, 4)
+    torch.testing.assert_close(mean[:, :, 5, 7], x[:, :, 4:8, 6:10].mean((2, 3)))
+
+
+def test_far_points_weigh_next_to_nothing_but_are_no_denormal_numbers():
+    near = lips.gaussian(torch.linspace(0, 1, 9), torch.rand(B, 4), lips.ReferenceWarp.NARROW)
+    assert near.shape == (B, 9, 4)
+    assert 1e-14 < near.min() < 1e-12  # a product of two is still a normal float32
 
 
 def test_the_lower_half_joins_the_upper_without_a_step_and_keeps_its_rest():
