@@ -52,17 +52,10 @@ def resnext_block(before, after, stride):
 def resnext50(weights, planes, E):
     """torchvision's ResNeXt-50 32x4d for `planes` input planes and E outputs; weights None,
     "imagenet" or a file, else BadInput."""
-    source = torchvision.models.ResNeXt50_32X4D_Weights.IMAGENET1K_V2
     net = torchvision.models.resnext50_32x4d(weights=None)
-    try:
-        if weights == "imagenet":
-            net.load_state_dict(source.get_state_dict())
-        elif weights:
-            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # no network, no such file, or one of another kind
-        reason = str(error).splitlines()[0][:100]
-        text = f"ResNeXt-50 weights {weights}: {reason}; the file is {source.url}"
-        raise BadInput(text) from None
+    if weights:
+        source = torchvision.models.ResNeXt50_32X4D_Weights.IMAGENET1K_V2
+        common.load_pretrained(net, weights, source, "--expert-weights")
     rgb = net.conv1.weight.data  # [64, 3, 7, 7]
     net.conv1 = nn.Conv2d(planes, 64, 7, 2, 3, bias=False)
     if weights:
