@@ -59,7 +59,8 @@ def cli(main):
 
 def first_line(error):
     """An exception's first line, or its name where it says nothing"""
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    text = str(error) or type(error).__name__
+    return text.splitlines()[0][:120]
 
 
 # ---------------------------------------------------------------- shape checks and their trace

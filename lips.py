@@ -59,8 +59,10 @@ class LipHead(nn.Module):
         centre = closed.mean(1, keepdim=True)                        # [B, 1, 2]
         shapes = (mouths - centre[:, None]) / width[:, None]         # [B, R, P, 2] mouth widths
         shapes = shapes.flatten(1).to(tokens.dtype)                  # [B, R P 2]
-        x = self.sound(tokens[:, F // 2]) + self.shapes(shapes)      # [B, lip_width]
-        moved = self.layers(x).float().unflatten(1, (-1, 2))         # [B, P, 2] mouth widths
+        now = tokens[:, F // 2]                                      # [B, C]
+        x = self.sound(now) + self.shapes(shapes)                    # [B, lip_width]
+        moved = self.layers(x).float()                               # [B, P 2] mouth widths
+        moved = moved.unflatten(1, (-1, 2))                          # [B, P, 2]
         return check(closed + moved * width, "B P 2", "lips.lips", B=B)
 
 
@@ -88,19 +90,22 @@ class ReferenceWarp(nn.Module):
         with torch.autocast(refs.device.type, enabled=False):
             flow = self.flow(source, target)                         # [BR, 2, 40, 64]
             flow = fn.interpolate(flow, size=(rows, W), mode="bilinear")         # [BR, 2, 5/8 H, W]
-            y = (torch.arange(H - rows, H, device=refs.device) + 0.5) / H
-            x = (torch.arange(W, device=refs.device) + 0.5) / W
-            place = torch.stack(torch.meshgrid(x, y, indexing="xy"))             # [2, 5/8 H, W]
-            grid = (place + flow).permute(0, 2, 3, 1) * 2 - 1        # grid_sample's -1..1
-            lower = fn.grid_sample(refs.flatten(0, 1).float(), grid, mode="bicubic",
-                                   padding_mode="border", align_corners=False).clamp_(0, 1)
+            x, y = middles(W, refs), middles(H, refs)                # [W], [H]
+            place = torch.meshgrid(x, y[H - rows:], indexing="xy")
+            place = torch.stack(place)                               # [2, 5/8 H, W]
+            grid = (place + flow).permute(0, 2, 3, 1)                # [BR, 5/8 H, W, 2]
+            grid = 2 * grid - 1                                      # grid_sample's -1..1
+            pictures = refs.flatten(0, 1).float()                    # [BR, 3, H, W]
+            lower = fn.grid_sample(pictures, grid, mode="bicubic", padding_mode="border",
+                                   align_corners=False)
+        lower = lower.clamp(0, 1).to(refs.dtype)                     # [BR, 3, 5/8 H, W]
         lower = lower.unflatten(0, (B, R))                           # [B, R, 3, 5/8 H, W]
-        moved = torch.cat([refs[:, :, :, :H - rows], lower.to(refs.dtype)], 3)
+        moved = torch.cat([refs[:, :, :, :H - rows], lower], 3)      # [B, R, 3, H, W]
         return check(moved, "B R 3 H W", "warp.moved", B=B, R=R)
 
     def flow(self, source, target):
         """source, target [BR, K, 2] -> [BR, 2, 40, 64] (x, y) towards the source, picture widths"""
-        columns = (torch.arange(self.NODES, device=target.device) + 0.5) / self.NODES    # [64]
+        columns = middles(self.NODES, target)                        # [64]
         rows = lower_rows(columns[:, None])[:, 0]                    # [40]
         x, y = target.unbind(2)                                      # [BR, K]
         narrow, wide = self.NARROW, self.WIDE
@@ -110,10 +115,19 @@ class ReferenceWarp(nn.Module):
         step = (source - target).mT                                  # [BR, 2, K]
         step = torch.cat([step, torch.ones_like(step[:, :1])], 1)    # the 1 sums the weights
         step = step.repeat(1, 1, 2)[:, :, None]                      # [BR, 3, 1, 2K]
-        total = (step * down[:, None]).flatten(1, 2) @ across.mT     # [BR, 3 40, 64]
-        moved, weight = total.unflatten(1, (3, -1)).split((2, 1), 1)             # [BR, ., 40, 64]
-        fade = ((torch.arange(len(rows), device=target.device) - 1) / 4).clamp(0, 1)
+        weighted = step * down[:, None]                              # [BR, 3, 40, 2K]
+        total = weighted.flatten(1, 2) @ across.mT                   # [BR, 3 40, 64]
+        total = total.unflatten(1, (3, -1))                          # [BR, 3, 40, 64]
+        moved, weight = total[:, :2], total[:, 2:]
+        node = torch.arange(len(rows), device=target.device)
+        fade = ((node - 1) / 4).clamp(0, 1)                          # [40]
         return moved / (weight + 1e-12) * fade[:, None]
+
+
+def middles(count, like):
+    """Where the middles of `count` cells lie, 0..1 -> [count], on the device of `like`"""
+    cell = torch.arange(count, device=like.device)
+    return (cell + 0.5) / count
 
 
 def gaussian(nodes, places, sigma):
@@ -121,7 +135,8 @@ def gaussian(nodes, places, sigma):
 
     Choice: a floor, since a CPU multiplies denormal numbers a hundred times slower."""
     distance = nodes[:, None] - places[:, None]
-    return torch.exp((-distance ** 2 / (2 * sigma ** 2)).clamp(min=-30))
+    exponent = -0.5 * (distance / sigma) ** 2
+    return torch.exp(exponent.clamp(min=-30))
 
 
 def lower_rows(x):
@@ -130,4 +145,5 @@ def lower_rows(x):
     Shapes: x [..., h, w] -> [..., 5/8 h, w]: rows 3/8 h to h; 0 to h/2 are given, h/2 to h drawn.
     Choice: a third less work.
     """
-    return x[..., 3 * x.shape[-2] // 8:, :]
+    h = x.shape[-2]
+    return x[..., 3 * h // 8:, :]

@@ -32,13 +32,17 @@ def correlation(a, b):
 
 def shifted(made, true, reach):
     """{shift in frames: r}; + = the made mouth is late"""
-    return {shift: correlation(*overlap(made, true, shift)) for shift in range(-reach, reach + 1)}
+    scores = {}
+    for shift in range(-reach, reach + 1):
+        scores[shift] = correlation(*overlap(made, true, shift))
+    return scores
 
 
 def overlap(a, b, shift):
     """What two series of one length share once a is moved to be `shift` frames earlier"""
-    count = len(a) - abs(shift)
-    return a[max(0, shift):][:count], b[max(0, -shift):][:count]
+    count, late = len(a) - abs(shift), max(0, shift)
+    early = late - shift
+    return a[late:late + count], b[early:early + count]
 
 
 def lag_of(made, true, reach=5):
@@ -77,23 +81,31 @@ def point_error(made, true, which):
 def psnr(made, true):
     """Mean over the frames of 10 log10(255^2 / mean squared error), decibels; uint8 [T, h, w, 3]"""
     step = made.astype(np.float64) - true
-    error = (step ** 2).mean((1, 2, 3))
-    decibels = 10 * np.log10(255 ** 2 / error.clip(0.01))
+    square = step ** 2
+    error = square.mean((1, 2, 3)).clip(0.01)  # [T]
+    ratio = 255 ** 2 / error
+    decibels = 10 * np.log10(ratio)
     return decibels.mean()
 
 
 def ssim(a, b):
     """Structural similarity of two pictures uint8 [h, w, 3], on luma, Gaussian window of 1.5 px;
     1 = the same. Source: Wang et al. 2004."""
-    a, b = np.float64(luma(a)), np.float64(luma(b))
+    a, b = luma(a).astype(np.float64), luma(b).astype(np.float64)
     mean_a, mean_b = blur(a), blur(b)
-    var_a = blur(a * a) - mean_a ** 2
-    var_b = blur(b * b) - mean_b ** 2
-    cov = blur(a * b) - mean_a * mean_b
-    c1, c2 = 2.55 ** 2, 7.65 ** 2  # 1 % and 3 % of 255
-    light = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
-    structure = (2 * cov + c2) / (var_a + var_b + c2)
+    light = alike(mean_a * mean_b, mean_a ** 2, mean_b ** 2, 2.55)  # 1 % of 255
+    variance_a = blur(a * a) - mean_a ** 2
+    variance_b = blur(b * b) - mean_b ** 2
+    covariance = blur(a * b) - mean_a * mean_b
+    structure = alike(covariance, variance_a, variance_b, 7.65)  # 3 % of 255
     return (light * structure).mean()
+
+
+def alike(product, square_a, square_b, least):
+    """1 where a = b: both factors of SSIM; `least` keeps flat places from dividing 0 by 0"""
+    least = least ** 2
+    shared = 2 * product + least
+    return shared / (square_a + square_b + least)
 
 
 def blur(x):
@@ -118,15 +130,21 @@ def sharpness(made, true, landmarks):
     """Variance of the Laplacian around the lips, made / true, median over the frames"""
     ratios = []
     for ours, theirs, (x0, y0, x1, y1) in zip(made, true, lip_boxes(landmarks)):
-        ours = cv2.Laplacian(luma(ours[y0:y1, x0:x1]), cv2.CV_64F)
-        theirs = cv2.Laplacian(luma(theirs[y0:y1, x0:x1]), cv2.CV_64F)
-        ratios.append(ours.var() / max(theirs.var(), 1e-6))
+        ours = laplacian_variance(ours[y0:y1, x0:x1])
+        theirs = laplacian_variance(theirs[y0:y1, x0:x1])
+        ratios.append(ours / max(theirs, 1e-6))
     return np.median(ratios)
+
+
+def laplacian_variance(picture):
+    edges = cv2.Laplacian(luma(picture), cv2.CV_64F)
+    return edges.var()
 
 
 def seam(pictures):
     """Mean absolute step across the middle row, 0..255. uint8 [T, 256, 256, 3]"""
-    step = pictures[:, HALF].astype(int) - pictures[:, HALF - 1]
+    above, below = pictures[:, HALF - 1], pictures[:, HALF]
+    step = below.astype(int) - above
     return np.abs(step).mean()
 
 
@@ -140,7 +158,10 @@ def teeth_variation(pictures, landmarks):
         if y1 - y0 >= OPEN_PX:
             inside = luma(picture[y0:y1, x0:x1])
             looks.append(cv2.resize(inside, (24, 12), interpolation=cv2.INTER_AREA))
-    return np.std(looks, 0).mean() if len(looks) >= 5 else None
+    if len(looks) < 5:
+        return None
+    deviation = np.std(looks, 0)
+    return deviation.mean()
 
 
 def find_landmarks(tracker, pictures):
@@ -149,7 +170,8 @@ def find_landmarks(tracker, pictures):
     tracker.forget()
     found = [tracker.find(picture) for picture in pictures]
     points = faces.follow_face(found)
-    return faces.fill_gaps(points) if np.isfinite(points).any() else None
+    seen = np.isfinite(points)
+    return faces.fill_gaps(points) if seen.any() else None
 
 
 def measure_pictures(made, true, clip, tracker, networks, sound):
@@ -157,7 +179,8 @@ def measure_pictures(made, true, clip, tracker, networks, sound):
     the sync expert hears it. psnr, ssim: of the lower halves; seam: made - true."""
     lower, true_lower = made[:, HALF:], true[:, HALF:]
     row = {"psnr": psnr(lower, true_lower)}
-    row["ssim"] = np.mean([ssim(a, b) for a, b in zip(lower[::5], true_lower[::5])])
+    every_fifth = zip(lower[::5], true_lower[::5])
+    row["ssim"] = np.mean([ssim(a, b) for a, b in every_fifth])
     row["sharpness"] = sharpness(made, true, clip.landmarks)
     row["seam"] = seam(made) - seam(true)
     points = find_landmarks(tracker, made)
@@ -171,7 +194,8 @@ def measure_mouths(points, made, true, landmarks):
     (no entry where one has none); points, landmarks [T, K, 3]"""
     shapes, wanted = faces.mouth_shape(points), faces.mouth_shape(landmarks)
     row = compare_shapes(shapes, wanted)
-    row["lag"] = lag_of(shapes[:, 0], wanted[:, 0])
+    gap, true_gap = shapes[:, 0], wanted[:, 0]
+    row["lag"] = lag_of(gap, true_gap)
     row["lmd"] = point_error(points, landmarks, LIPS)
     ours, theirs = teeth_variation(made, points), teeth_variation(true, landmarks)
     if ours is not None and theirs is not None:
@@ -183,7 +207,8 @@ def ask_experts(networks, lower, sound, text):
     """What the experts say of lower halves, uint8 [T, 128, 256, 3]: offset, frames; confidence;
     cer: character error rate of the text that is read"""
     row, planes = {}, torch.from_numpy(lower).permute(0, 3, 1, 2)
-    small = fn.avg_pool2d(planes.float() / 255, 2)  # [T, 3, 64, 128]
+    planes = planes.float() / 255  # [T, 3, 128, 256]
+    small = fn.avg_pool2d(planes, 2)  # [T, 3, 64, 128]
     if networks.sync is not None:
         found = experts.measure_offset(networks.sync, small, sound)
         row |= dict(offset=found["offset"], confidence=found["confidence"])
@@ -199,12 +224,14 @@ def measure_experts(networks, clip, text_of_another, rng, late):
     """One row: how well the experts judge a real clip; _10db: with white noise 10 dB below the
     speech; shift: whether a sound moved by `late` frames is found to be."""
     row, sync = {}, networks.sync
-    pictures = torch.from_numpy(sampling.lower_halves(clip, range(len(clip))))  # [T, 3, 64, 128]
+    pictures = sampling.lower_halves(clip, range(len(clip)))
+    pictures = torch.from_numpy(pictures)  # [T, 3, 64, 128]
     if sync is not None and len(clip) > 2 * experts.GROUP + 7:
         wave = clip.sound()
         noisy = sampling.add_noise(wave, 10, rng).clip(-1, 1)
         for name, heard in (("_10db", noisy), ("", wave)):
-            features = networks.audio_encoder(torch.from_numpy(heard)[None])[0]
+            batch = torch.from_numpy(heard)[None]
+            features = networks.audio_encoder(batch)[0]
             sound = experts.sync_sound(sync, log_mel(heard), features)
             video, audio = experts.embed_clip(sync, pictures, sound)
             row["accuracy" + name] = experts.sync_accuracy(video, audio)
@@ -231,5 +258,6 @@ def measure_reader(reader, video, text, text_of_another):
         tokens = torch.tensor([sampling.encode_text(some)])
         cost = losses.lip_reading_loss(reader(video, tokens), tokens, sampling.PAD)
         costs.append(float(cost))
-    read = reader.read(video)[0]
-    return dict(cer=lipreader.character_error_rate(read, text), reads=costs[0] < costs[1])
+    read, (cost, cost_of_another) = reader.read(video)[0], costs
+    cer = lipreader.character_error_rate(read, text)
+    return dict(cer=cer, reads=cost < cost_of_another)

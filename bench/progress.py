@@ -26,19 +26,29 @@ def draw_curves(folder):
             if row[name]:
                 point = int(row["step"]), float(row[name])
                 curves.setdefault(f"{row['stage']} {name}", []).append(point)
-    panels = [draw_panel(title, *np.array(points).T) for title, points in curves.items()]
+    panels = []
+    for title, points in curves.items():
+        steps, values = np.array(points).T
+        panels.append(draw_panel(title, steps, values))
+    if len(panels) % 2 == 1:
+        panels.append(np.full_like(panels[0], 255))
     if panels:
-        panels += [np.full_like(panels[0], 255)] * (len(panels) % 2)
         pairs = zip(panels[::2], panels[1::2])
-        cv2.imwrite(str(folder / "curves.png"), np.vstack([np.hstack(pair) for pair in pairs]))
+        rows = [np.hstack(pair) for pair in pairs]
+        png = folder / "curves.png"
+        cv2.imwrite(str(png), np.vstack(rows))
 
 
 def draw_panel(title, steps, values):
     """-> uint8 BGR [HEIGHT, WIDTH, 3]"""
     panel = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
-    x = 10 + (WIDTH - 20) * (steps - steps[0]) / max(np.ptp(steps), 1)
-    y = HEIGHT - 10 - (HEIGHT - 40) * (values - values.min()) / max(np.ptp(values), 1e-9)
-    line = np.stack([x, y], 1).round().astype(np.int32)
+    left, right, top, bottom = 10, WIDTH - 10, 30, HEIGHT - 10
+    x = np.interp(steps, [steps[0], steps[-1]], [left, right])
+    spread = max(np.ptp(values), 1e-9)
+    height = (values - values.min()) / spread  # 0..1
+    y = bottom + (top - bottom) * height
+    line = np.stack([x, y], 1)
+    line = line.round().astype(np.int32)
     cv2.polylines(panel, [line], False, (160, 60, 20), 1, cv2.LINE_AA)
     words = f"{title}: {values[0]:.3g} .. {values[-1]:.3g}"
     cv2.putText(panel, words, (10, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0))
@@ -53,20 +63,26 @@ def save_samples(run, net, encoder, step, rows=6):
     encoder.eval()
     infos = run.held_out or run.clips
     sheet = []
-    for info in infos[::max(1, len(infos) // rows)][:rows]:
+    every = max(1, len(infos) // rows)
+    for info in infos[::every][:rows]:
         clip = data.load_or_skip(info.path)
         if clip is None:
             continue
         refs, points = sampling.clip_points(clip, run.net_config)
         middle = len(clip) // 2
         pictures = np.stack([clip.frame(i) for i in [*refs, middle]])
-        sound = torch.from_numpy(clip.sound())[None].to(run.device)
-        audio = sampling.clip_audio(net, clip, encoder(sound)[0])[[middle]]  # [1, F, D]
+        sound = torch.from_numpy(clip.sound()).to(run.device)
+        features = encoder(sound[None])[0]  # [L, D]
+        audio = sampling.clip_audio(net, clip, features)  # [T, F, D]
+        *pictures, true = pictures
+        now = points[[middle]], audio[[middle]]
         with common.autocast(run.device):
-            made = lipsync.redraw(net, pictures[:-1], pictures[-1:], points[[middle]], audio)
-        sheet.append(np.concatenate([pictures[0], pictures[-2], made[0], pictures[-1]], 1))
+            made = lipsync.redraw(net, np.stack(pictures), true[None], *now)
+        row = pictures[0], pictures[-1], made[0], true
+        sheet.append(np.concatenate(row, 1))
     if not sheet:  # every one of them is broken, which load_or_skip said
         return
     folder = run.out / "samples"
     folder.mkdir(exist_ok=True)
-    cv2.imwrite(str(folder / f"{step:06d}.png"), np.concatenate(sheet)[..., ::-1])
+    png, sheet = folder / f"{step:06d}.png", np.concatenate(sheet)
+    cv2.imwrite(str(png), sheet[..., ::-1])
