@@ -161,24 +161,24 @@ def load_checkpoint(path, kind="lipsync"):
     return content
 
 
-def load_pretrained(net, weights, source, flag):
-    """Fill a network with torchvision's weights `source`; a file may hold more than it needs.
+def load_pretrained(net, weights, source, name, remedy, strict=True):
+    """Fill a network with torchvision's weights `source` of the network that is called `name`.
 
-    weights: "imagenet", downloaded once, or the path of that file. BadInput, which names `flag` or
-    the path and the file that was expected, if they are not to be had."""
+    weights: "imagenet", downloaded once, or the path of that file. strict=False: it holds more than
+    `net` needs. BadInput if they are not to be had; offline it says the remedy, else the path."""
     try:
         if weights == "imagenet":
             state = source.get_state_dict(progress=True, check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        missing = net.load_state_dict(state, strict=False).missing_keys
+        missing = net.load_state_dict(state, strict).missing_keys
         if missing:
             raise ValueError(f"no {missing[0]}")
     except Exception as error:  # no network, a broken download, no such file, one of another kind
         if weights == "imagenet":
-            reason = f"the weights cannot be downloaded ({error}): fetch {source.url} elsewhere"
-            raise BadInput(f"{reason} and pass {flag} FILE") from None
-        reason = f"not {source} ({first_line(error)})"
+            reason = f"{name} weights cannot be downloaded ({error}): fetch {source.url} elsewhere"
+            raise BadInput(f"{reason} and pass {remedy}") from None
+        reason = f"not {name} weights in torchvision's layout ({first_line(error)})"
         if isinstance(error, OSError):
             reason = f"cannot be read: {error.strerror or error}"
         raise BadInput(f"{weights}: {reason}; expected the file {source.url}") from None

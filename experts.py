@@ -55,7 +55,7 @@ def resnext50(weights, planes, E):
     net = torchvision.models.resnext50_32x4d(weights=None)
     if weights:
         source = torchvision.models.ResNeXt50_32X4D_Weights.IMAGENET1K_V2
-        common.load_pretrained(net, weights, source, "--expert-weights")
+        common.load_pretrained(net, weights, source, "ResNeXt-50", "--expert-weights FILE")
     rgb = net.conv1.weight.data  # [64, 3, 7, 7]
     net.conv1 = nn.Conv2d(planes, 64, 7, 2, 3, bias=False)
     if weights:

@@ -1,6 +1,7 @@
 """The lip-reading expert of S3(2): the text of a talking mouth, and what it sees of a face.
 
     stage      | code                                   | patent
+    text       | encode_text, decode_tokens             | -
     mouth      | mouth_view                             | -
     robustness | jitter_pictures                        | S3(1)
     lip reader | LipReader, lip_batch_loss, ctc_costs   | S3(2)
@@ -17,10 +18,24 @@ from torch.nn import functional as fn
 from common import check
 from lipsync import position_code
 from losses import lip_reading_loss
-from sampling import BOS, EOS, PAD, VOCABULARY, decode_tokens
 
 VIEW_PX = {"small": 40, "full": 80}  # height of the view; a mouth is about 33 or 66 px wide in it
 LUMA = (0.299, 0.587, 0.114)  # of RGB, BT.601
+BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes: begin, end, nothing (also CTC's blank)
+VOCABULARY = 259
+
+
+# ---------------------------------------------------------------- text
+def encode_text(text):
+    """str -> tokens: its UTF-8 bytes, then EOS. Any language, no vocabulary."""
+    return [*text.encode(), EOS]
+
+
+def decode_tokens(tokens):
+    """Tokens up to EOS -> str; bytes that are no UTF-8 become the replacement character."""
+    tokens = [*tokens, EOS]
+    tokens = tokens[:tokens.index(EOS)]
+    return bytes(token for token in tokens if token < BOS).decode(errors="replace")
 
 
 # ---------------------------------------------------------------- what an expert sees

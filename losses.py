@@ -54,17 +54,16 @@ def sync_loss(audio_embedding, video_embedding, label=1.0):
     """Binary cross-entropy of the cosine between the sound of S frames and their lower halves.
 
     Patent: L_sync = BinaryCrossEntropy(a . v / max(|a| |v|, epsilon)), S3(1); S = 5 frames.
-    Shapes: audio_embedding [B, E] >= 0, video_embedding [B, E] >= 0, label a float or [B] in 0..1
-        -> scalar, 1e-6..13.8.
+    Shapes: both embeddings [B, E] >= 0, label a float or [B] in 0..1 -> scalar, 1e-6..13.8.
     Choice: label 1 for pictures that should fit their sound, 0 for the foreign sound that trains
         the expert. A probability needs a cosine in 0..1: both embeddings end in ReLU (ValueError).
     """
-    check(audio_embedding, "B E", "audio_embedding", low=0, high=float("inf"))
-    check(video_embedding, "B E", "video_embedding", low=0, high=float("inf"))
     probability = cosine(audio_embedding, video_embedding)  # [B]
-    hit = label * safe_log(probability)  # [B]
-    miss = (1 - label) * safe_log(1 - probability)  # [B]
-    return -(hit + miss).mean()
+    least = torch.minimum(audio_embedding.min(), video_embedding.min())
+    if not torch.compiler.is_compiling() and least < 0:
+        raise ValueError("sync_loss: an embedding has negative components: end it in ReLU")
+    hit, miss = safe_log(probability), safe_log(1 - probability)  # [B] each
+    return -(label * hit + (1 - label) * miss).mean()
 
 
 def safe_log(probability):
@@ -90,8 +89,7 @@ def lip_reading_loss(logits, tokens, pad):
     """
     B, U, V = logits.shape
     check(tokens, "B U", "tokens", B=B, U=U)
-    logits = logits.flatten(0, 1).float()  # [B U, V]
-    surprise = fn.cross_entropy(logits, tokens.flatten(), ignore_index=pad, reduction="sum")
+    surprise = fn.cross_entropy(logits.mT.float(), tokens, ignore_index=pad, reduction="sum")
     return surprise / (tokens != pad).sum().clamp(min=1)
 
 
@@ -120,8 +118,7 @@ def reconstruction_loss(output, target, mouth_weight=0.0, mask=None):
 def mouth_loss(lips, target, width):
     """How far the predicted lips and jaw lie from the true ones.
 
-    Shapes: lips [B, P, 2], target [B, P, 2], width [B] of the mouth, all in picture widths
-        -> scalar, mouth widths.
+    Shapes: lips, target [B, P, 2], the mouth's width [B], picture widths -> scalar, mouth widths.
     Choice: mean distance; a lip point weighs LIPS_WEIGHT times what a jaw point does.
     """
     B, P, _ = check(lips, "B P 2", "lips").shape
@@ -151,7 +148,7 @@ def load_vgg(weights):
                 nn.init.zeros_(layer.bias)
     if weights != "random":
         net, source = nn.ModuleDict({"features": features}), VGG19_Weights.IMAGENET1K_V1
-        load_pretrained(net, weights, source, "--vgg")
+        load_pretrained(net, weights, source, "VGG-19", "--vgg FILE or --vgg random", strict=False)
     return features
 
 
@@ -161,14 +158,13 @@ class PerceptualLoss(nn.Module):
     Patent: sum over layers i of |VGG_i(I_o) - VGG_i(I_r)| / (W_i H_i C_i), at 3xHxW, 3xH/2xW/2,
         3xH/4xW/4, S3(4).
     Shapes: output [B, 3, H, W], target [B, 3, H, W] in 0..1, H and W >= 64 -> scalar >= 0.
-    Choice: I_r is the true frame. Layers: the first ReLU of each block (Wang et al., pix2pixHD,
-        2018). Halved by averaging 2x2 pixels. The gradient reaches the output only.
+    Choice: I_r is the true frame, which gets no gradient. Layers: the first ReLU of each block
+        (Wang et al., pix2pixHD, 2018). Halved by averaging 2x2 pixels.
     """
 
     def __init__(self, weights="imagenet", layers=VGG_LAYERS):
         super().__init__()
-        names = [str(layer) for layer in layers]
-        self.features = create_feature_extractor(load_vgg(weights).eval(), names)
+        self.features = create_feature_extractor(load_vgg(weights).eval(), [*map(str, layers)])
         self.requires_grad_(False)
 
     def train(self, mode=True):
@@ -180,8 +176,7 @@ class PerceptualLoss(nn.Module):
         output, target = (normalize(x, *IMAGENET) for x in (output, target))
         total = output.new_zeros((), dtype=torch.float32)
         for step in (1, 2, 4):
-            with torch.no_grad():
-                wanted = self.features(fn.avg_pool2d(target, step))
+            wanted = self.features(fn.avg_pool2d(target.detach(), step))
             found = self.features(fn.avg_pool2d(output, step))
             for name, made in found.items():  # [B, C_i, H_i, W_i]
                 total = total + (made.float() - wanted[name].float()).abs().mean()
@@ -224,6 +219,7 @@ def discriminator_loss(real_logits, fake_logits, form="non_saturating"):
     Choice: of a logit x, log disc = -softplus(-x) and log(1 - disc) = -softplus(x): always finite.
         The mean over scales j. "hinge" is max(0, 1 - x_r) + max(0, 1 + x_o) (Lim and Ye, 2017).
     """
+    check_form(form)
     terms = []
     for real, fake in zip(real_logits, fake_logits, strict=True):
         for x in (-real.float(), fake.float()):  # high where it is wrong
@@ -240,11 +236,15 @@ def generator_loss(fake_logits, form="non_saturating"):
     Choice: "non_saturating" is -mean log disc_j(I_o) (Goodfellow et al., 2014, section 3): the same
         goal, but its gradient does not vanish while the discriminator wins, as at the start.
     """
-    if form not in GAN_FORMS:
-        raise ValueError(f"form is {form!r}, expected one of {GAN_FORMS}")
+    check_form(form)
     terms = []
-    for x in fake_logits:
-        x = x.float()
+    for x in map(torch.Tensor.float, fake_logits):
         cost = {"non_saturating": fn.softplus(-x), "patent": -fn.softplus(x), "hinge": -x}
         terms.append(cost[form].mean())
     return torch.stack(terms).mean()
+
+
+def check_form(form):
+    """ValueError if there is no such form of the adversarial loss"""
+    if form not in GAN_FORMS:
+        raise ValueError(f"form is {form!r}, expected one of {GAN_FORMS}")

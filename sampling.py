@@ -1,13 +1,12 @@
 """S2, S3: training samples from prepared clips, for the generator, the mouth and both experts.
 
     stage        | code                                     | patent
-    text, noise  | encode_text, corrupt_sound               | S3(2), S3(1)
+    noise        | corrupt_sound                            | S3(1)
     samples      | ClipDataset, MouthSamples                | S2(2), S2(3), Fig. 7: references
     for experts  | SyncDataset, SentenceDataset             | S3(1), S3(2)
     whole clips  | clip_points, clip_audio, predict_landmarks, lower_halves | -
 
-Letters as in common.py. Pictures are uint8 RGB, points float32
-(x, y, depth) pixels.
+Letters as in common.py. Pictures are uint8 RGB, points float32 (x, y, depth) pixels.
 """
 
 import dataclasses
@@ -27,25 +26,11 @@ import faces
 import lipsync
 from audio import MEL_PER_FRAME, N_MELS, log_mel
 from common import SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput
+from lipreader import PAD, encode_text
 from lipsync import audio_window
 
-# ---- text and noise (S3): tokens of a sentence, other rooms and microphones ----------------------
-BOS, EOS, PAD = 256, 257, 258  # after the 256 bytes: begin, end, nothing (also CTC's blank)
-VOCABULARY = 259
 
-
-def encode_text(text):
-    """str -> tokens: its UTF-8 bytes, then EOS. Any language, no vocabulary."""
-    return [*text.encode(), EOS]
-
-
-def decode_tokens(tokens):
-    """Tokens up to EOS -> str; bytes that are no UTF-8 become the replacement character."""
-    tokens = [*tokens, EOS]
-    tokens = tokens[:tokens.index(EOS)]
-    return bytes(token for token in tokens if token < BOS).decode(errors="replace")
-
-
+# ---- noise (S3): other rooms and microphones -----------------------------------------------------
 def add_noise(wave, decibels, rng, exponent=0.0):
     """float32 [N] -> [N], with noise `decibels` below the speech.
 

@@ -473,8 +473,8 @@ def lip_term(run, reader, groups, batch):
     made = fn.interpolate(groups[b], size=video.shape[-2:], mode="area")
     made = made.flip(-1) if batch["flip"][b] else made
     video = torch.cat([video[:start], made, video[start + len(made):]])[None]
-    tokens = torch.tensor([sampling.encode_text(clip.text)], device=groups.device)  # [1, U]
-    return losses.lip_reading_loss(reader(video, tokens), tokens, sampling.PAD)
+    tokens = torch.tensor([lipreader.encode_text(clip.text)], device=groups.device)  # [1, U]
+    return losses.lip_reading_loss(reader(video, tokens), tokens, lipreader.PAD)
 
 
 def weights_content(run, net, encoder, judges):

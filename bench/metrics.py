@@ -255,8 +255,8 @@ def measure_reader(reader, video, text, text_of_another):
     """cer: character error rate; reads: whether the true text costs less than another's"""
     costs = []
     for some in (text, text_of_another):
-        tokens = torch.tensor([sampling.encode_text(some)])
-        cost = losses.lip_reading_loss(reader(video, tokens), tokens, sampling.PAD)
+        tokens = torch.tensor([lipreader.encode_text(some)])
+        cost = losses.lip_reading_loss(reader(video, tokens), tokens, lipreader.PAD)
         costs.append(float(cost))
     read, (cost, cost_of_another) = reader.read(video)[0], costs
     cer = lipreader.character_error_rate(read, text)
