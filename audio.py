@@ -102,7 +102,24 @@ def encode_batch(encoder, wave):
     return check(features, "B L D", "audio.features", B=len(wave), D=encoder.dim)
 
 
-class WhisperEncoder(nn.Module):
+class FrozenEncoder(nn.Module):
+    """What both pretrained audio encoders share: they are never trained.
+
+    Patent: S2(1), a pretrained audio encoder.
+    Shapes: wave [B, N] 16 kHz, -1..1 -> features [B, L, D], L = round(N / 640).
+    Choice: frozen also means never in training mode: no dropout.
+    """
+    frozen = True
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, wave):
+        return encode_batch(self, wave)
+
+
+class WhisperEncoder(FrozenEncoder):
     """A pretrained whisper's audio encoder, frozen.
 
     Patent: S2(1), a pretrained multilingual ASR model, so that one network serves all languages.
@@ -113,7 +130,6 @@ class WhisperEncoder(nn.Module):
         it is 0.976 to 0.997, in half the time, and the mouth's opening can be read off as well
         (ridge regression on GRID: r = 0.870, last layer 0.869). Sounds cost what they are long.
     """
-    frozen = True
     POSITION = 100                                # whose position code all get: 2 s
 
     def __init__(self, dims):
@@ -133,9 +149,6 @@ class WhisperEncoder(nn.Module):
         self.encoder.ln_post = nn.Identity()      # belongs to the last layer
         self.eval().requires_grad_(False)
 
-    def train(self, mode=True):
-        return super().train(False)               # frozen also means: never in training mode
-
     def encode(self, wave):
         """wave [N] of at most 30 s -> [L, D]"""
         net = self.encoder
@@ -148,12 +161,8 @@ class WhisperEncoder(nn.Module):
         x = fn.layer_norm(x, (self.dim,))[0]                         # [2L, D]
         return x.unflatten(0, (-1, 2)).mean(1)                       # [L, D]
 
-    @torch.no_grad()
-    def forward(self, wave):
-        return encode_batch(self, wave)
 
-
-class HubEncoder(nn.Module):
+class HubEncoder(FrozenEncoder):
     """wav2vec 2.0 or HuBERT, frozen, through the transformers package.
 
     Patent: S2(1), wav2vec and HuBERT as other pretrained audio encoders.
@@ -161,7 +170,6 @@ class HubEncoder(nn.Module):
     Choice: pairs averaged as whisper's; 80 samples of silence at both ends, since the convolutions
         (window 400, hop 320) would give one feature less; zero mean, unit variance.
     """
-    frozen = True
 
     def __init__(self, model):
         super().__init__()
@@ -169,18 +177,11 @@ class HubEncoder(nn.Module):
         self.dims = dict(model.config.to_dict())
         self.eval().requires_grad_(False)
 
-    def train(self, mode=True):
-        return super().train(False)
-
     def encode(self, wave):
         """wave [640 L] -> [L, D]"""
         wave = (wave - wave.mean()) / (wave.std() + 1e-5)
         x = self.model(fn.pad(wave, (80, 80))[None]).last_hidden_state           # [1, 2L, D]
         return x[0].unflatten(0, (-1, 2)).mean(1)                    # [L, D]
-
-    @torch.no_grad()
-    def forward(self, wave):
-        return encode_batch(self, wave)
 
 
 class ScratchEncoder(nn.Module):

@@ -8,9 +8,10 @@ Letters of shapes, one meaning each in all code; any other axis is a word:
     P points of lips and jaw  M channels of SPADE's map    E width of an embedding
     U tokens of a text        V kinds of token             G groups of S frames in a clip
     X false sounds
-What LipSync takes as points [B, R, 2, K, 2] are (x, y) in picture widths: [:, :, 0] where a face's
-points lie in each reference, [:, :, 1] where they would lie with the frame's head pose. All other
-points are pixels, of the frame or of the 256 px crop.
+The network's points and lips are (x, y) in picture widths. Its points [B, R, 2, K, 2]: [:, :, 0]
+where a face's points lie in each reference, [:, :, 1] where they would lie with the frame's head
+pose. Landmarks, outside of the network, are pixels, of the frame or of the 256 px crop.
+Stage mouth teaches where lips lie (LipHead); stage lip the lip reader, which reads words.
 """
 import contextlib
 import contextvars
@@ -147,7 +148,8 @@ def save_checkpoint(path, content):
 
 
 def load_checkpoint(path, kind="lipsync"):
-    """What save_checkpoint wrote, on the CPU; BadInput if missing, broken, foreign or newer."""
+    """What save_checkpoint wrote, on the CPU. BadInput if missing, broken, foreign or of another
+    version."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such weights file")
     try:

@@ -1,13 +1,13 @@
 """S1: from a folder of talking-head videos to training clips.
 
-    stage        | code                                     | patent
-    clips        | load_clip, list_clips                    | S11: clips of 5 s, one .npz each
-    cutting      | cut_video, refusal, save_clip            | S11, S12
-    preparing    | prepare, prepare_video                   | S1
+    stage     | code                          | patent
+    clips     | load_clip, list_clips         | S11: clips of 5 s, one .npz each
+    videos    | list_videos, read_text        | -
+    cutting   | cut_video, refusal, save_clip | S11, S12
+    preparing | prepare, prepare_video        | S1
 
-Sound and frames come from media.py, faces and their crops from faces.py.
-Letters as in common.py. Pictures are uint8 RGB, points float32
-(x, y, depth) pixels.
+Sound and frames come from media.py, faces and their crops from faces.py. Letters as in common.py.
+Pictures are uint8 RGB, points float32 (x, y, depth) pixels.
 `python data.py --data DIR` prepares a folder; `python data.py --demo DIR` draws one.
 """
 
@@ -38,7 +38,7 @@ from audio import level_sound, log_mel
 from common import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, cli
 
 
-# ---- clips (S11): DIR/.clips/NAME-XXXXXXXX_000.npz, each a self-contained training clip ----------
+# ---------------------------------------------------------------- clips (S11)
 CLIP_FRAMES = 5 * FPS  # 5 s: 125
 LAYOUT = 2  # of the clip files: clips of another layout are made again
 SMALLEST_FACE_PX = 80  # of the frame
@@ -152,6 +152,7 @@ def is_held_out(source):
     return media.hash_of(Path(source).stem) % 10 == 0
 
 
+# ---------------------------------------------------------------- videos and their texts
 def list_videos(data_dir):
     """Every video under a folder, by its suffix, hidden ones left out -> list of Path"""
     return [path for path in list_files(data_dir) if path.suffix.lower() in media.VIDEO_SUFFIXES]
@@ -249,6 +250,7 @@ def clip_text(words, start, end, seconds):
     return " ".join(said)
 
 
+# ---------------------------------------------------------------- cutting (S11, S12)
 def segments(frames, tracker):
     """Frames of one video -> yields lists of (found, lying, piece), at most 125 frames, none across
     a cut.
@@ -413,15 +415,16 @@ def cut_video(video):
     sound, words, start = level_sound(media.read_audio(video)).numpy(), read_text(video), 0
     with faces.FaceTracker() as tracker, contextlib.closing(media.read_frames(video)) as frames:
         for held in segments(frames, tracker):
-            tracks, lying, pieces = zip(*held)
+            seen, lying, pieces = zip(*held)
             end = start + len(held)
             wave = sound[start * SAMPLES_PER_FRAME:end * SAMPLES_PER_FRAME]
             wave = np.pad(wave, (0, len(held) * SAMPLES_PER_FRAME - len(wave)))
             text = clip_text(words, start / FPS, end / FPS, len(sound) / SAMPLE_RATE)
-            yield faces.follow_face(tracks), lying, pieces, wave, text
+            yield faces.follow_face(seen), lying, pieces, wave, text
             start = end
 
 
+# ---------------------------------------------------------------- preparing (S1)
 def source_of(video, data_dir):
     return video.relative_to(data_dir).as_posix()
 
@@ -579,6 +582,7 @@ def some_names(names):
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+# ---------------------------------------------------------------- python data.py
 def main():
     parser = argparse.ArgumentParser(
         description="S1: videos -> training clips; or draw a demo corpus.")

@@ -140,7 +140,8 @@ def sync_batch_loss(sync, pictures, sound, negatives):
     miss = sync_loss(audio[~true], video[~true], 0.0)
     choice = fn.cross_entropy(cosines / TEMPERATURE, first)
     yes = (cosines > 0.5).flatten().float()
-    accuracy = (yes[true].mean() + 1 - yes[~true].mean()) / 2
+    right, wrong = yes[true].mean(), yes[~true].mean()
+    accuracy = (right + 1 - wrong) / 2
     return (hit + miss) / 2 + choice, accuracy
 
 

@@ -3,11 +3,10 @@ references.
 
     stage        | code                                              | patent
     points       | KEPT_POINTS, FaceTracker                          | S12: landmarks
-    one person   | follow_face, group_people                         | -
+    one person   | follow_face, find_trails                          | -
     crop         | smooth_affines, to_crop, crop                     | S12: upright 256 x 256 crop
-    head pose    | with_head_pose, place_points                         | -
-    mouth        | mouth_shape                                       | -
-    references   | select_references, head_turn                      | Fig. 7
+    head, mouth  | with_head_pose, place_points, mouth_shape, head_turn | -
+    references   | select_references                                 | Fig. 7
     face box     | YoloFace, decode_yolo                             | S12: --face-detector
     shots        | track_shots, is_cut                               | -
 
@@ -17,6 +16,7 @@ z.
 
 import contextlib
 import itertools
+import math
 import os
 import threading
 import zipfile
@@ -73,10 +73,11 @@ EYE_CORNERS, NOSE_TIP = kept([33, 263]), kept([4])[0]
 def mirror_partners():
     """{number in MediaPipe's mesh: the number of the point that it becomes in a mirror}"""
     right, left = UPPER_RIGHT + CHEEKS_RIGHT, UPPER_LEFT + CHEEKS_LEFT
-    partners = {**dict(zip(right, left)), **dict(zip(left, right))}
+    partners = dict(zip(right + left, left + right))
     partners |= zip(JAW_MESH, JAW_MESH[::-1])
     for lips in (LIPS_OUTER_MESH, LIPS_INNER_MESH):  # 20 points around, from corner to corner
-        partners |= {lips[i]: lips[10 - i] for i in range(-9, 11)}
+        mirrored = lips[10::-1] + lips[:10:-1]
+        partners |= zip(lips, mirrored)
     return partners
 
 
@@ -88,6 +89,7 @@ NOSE_ROW = 118  # of 256: the tip's row in the crop, so that the whole mouth lie
 BOX_MARGIN = 1.1  # crop side / height of the face: leaves room below the chin for an open jaw
 
 
+# ---------------------------------------------------------------- points of a frame (S12)
 @dataclass
 class Detection:
     """A face as MediaPipe's detector sees it, px of the picture it was found in."""
@@ -97,13 +99,20 @@ class Detection:
     mouth: np.ndarray  # float [2]
 
     def size(self):
-        return float(self.box[3] - self.box[1])
+        _, top, _, bottom = self.box
+        return float(bottom - top)
+
+    def centre(self):
+        return self.box.reshape(2, 2).mean(0)
+
+    def scaled(self, unit):
+        return Detection(self.score, self.box * unit, self.eyes * unit, self.mouth * unit)
 
 
 class FaceTracker:
     """MediaPipe's FaceLandmarker and detector, for many videos; a context manager.
 
-    Once a second, and where no face is followed, the detector surveys the picture. It says
+    Each 25 pictures, and where no face is followed, the detector surveys the picture. It says
     where to look closer (the mesh's own detector misses faces below an eighth of the picture),
     and in a new shot which way is up: a lying face is turned by 90, 180 or 270 degrees for
     tracking. A mesh that disagrees with the detector's eyes and mouth is no face. The mesh always
@@ -114,7 +123,7 @@ class FaceTracker:
     SMALL = 0.2  # of the picture's height: a smaller face is looked for in a window
     UPRIGHT_BONUS = 0.05  # of score: nearly as sure as another turn is still upright
     SURELY_LYING = 0.6  # score: less sure is often half a face, or none
-    PATIENCE = 4  # frames between two surveys while no face is found
+    PATIENCE = 4  # pictures between two surveys while no face is found
 
     def __enter__(self):
         with quiet_stderr():
@@ -172,18 +181,19 @@ class FaceTracker:
         """The mesh inside the window -> list of float32 [K, 3], px of the (turned) picture."""
         H, W = picture.shape[:2]
         x0, y0, x1, y1 = self.window or (0, 0, W, H)
-        scale = np.float32([x1 - x0, y1 - y0, x1 - x0])  # z comes in widths
-        faces = self.run(shrink(picture[y0:y1, x0:x1]))
-        points = [[(face[i].x, face[i].y, face[i].z) for i in KEPT_POINTS] for face in faces]
-        return [np.float32(face) * scale + np.float32([x0, y0, 0]) for face in points]
+        wide, high = x1 - x0, y1 - y0
+        scale = np.float32([wide, high, wide])  # z comes in widths
+        corner = np.float32([x0, y0, 0])
+        found = self.run(shrink(picture[y0:y1, x0:x1]))
+        return [kept_points(mesh) * scale + corner for mesh in found]
 
     def survey(self, rgb):
-        """Sets turns and window for the next second. -> list of Detection, turned px"""
+        """Sets turns and window until the next survey. -> list of Detection, turned px"""
         self.until_survey = FPS
         picture = shrink(rgb)
         if self.lost:
             ways = [self.detect_part(turned(picture, turns)) for turns in range(4)]
-            scores = [max((face.score for face in way), default=0) for way in ways]
+            scores = [best_score(way) for way in ways]
             scores[0] += self.UPRIGHT_BONUS
             self.turns = int(np.argmax(scores))
             self.lying = not ways[0] and scores[self.turns] > self.SURELY_LYING
@@ -191,44 +201,59 @@ class FaceTracker:
         else:
             detections = self.detect_part(turned(picture, self.turns))
         unit = rgb.shape[0] / picture.shape[0]  # px of the frame per px of the small picture
-        detections = [Detection(face.score, face.box * unit, face.eyes * unit, face.mouth * unit)
-                      for face in detections]
+        detections = [face.scaled(unit) for face in detections]
+        H, W = turned(rgb, self.turns).shape[:2]
         self.window = None
         if detections:
-            H, W = turned(rgb, self.turns).shape[:2]
             face = max(detections, key=Detection.size)
-            reach = self.WINDOW * face.size()
             if face.size() < self.SMALL * H:
-                centre = (face.box[:2] + face.box[2:]) / 2
-                sides = np.r_[centre - reach, centre + reach]
-                self.window = tuple(np.clip(sides, 0, [W, H, W, H]).astype(int))
+                self.window = self.window_around(face, H, W)
         return detections
+
+    def window_around(self, face, H, W):
+        """-> (x0, y0, x1, y1) inside a picture of H x W px"""
+        reach = self.WINDOW * face.size()
+        sides = np.r_[face.centre() - reach, face.centre() + reach]
+        return tuple(sides.clip(0, [W, H, W, H]).astype(int))
 
     def detect_small(self, picture):
         """The detector on overlapping parts of the picture, first of 2/3, then of 2/5 its size."""
         H, W = picture.shape[:2]
         for parts in (2, 4):
-            high, wide = 2 * H // (parts + 1), 2 * W // (parts + 1)
-            corners = [(row * high // 2, column * wide // 2)
-                       for row in range(parts) for column in range(parts)]
-            found = [self.detect_part(picture[y:y + high, x:x + wide], x, y) for y, x in corners]
+            down, across = H // (parts + 1), W // (parts + 1)  # half a part
+            found = []
+            for row, column in itertools.product(range(parts), repeat=2):
+                top, left = row * down, column * across
+                part = picture[top:top + 2 * down, left:left + 2 * across]
+                found.append(self.detect_part(part, left, top))
             if any(found):
-                return max(found, key=lambda faces: max((face.score for face in faces), default=0))
+                return max(found, key=best_score)
         return []
 
     def detect_part(self, part, left=0, top=0):
-        size = np.float32([part.shape[1], part.shape[0]])
-        corner = np.float32([left, top])
+        """The detector on a part of a picture, whose corner lies there -> list of Detection"""
+        size, corner = np.float32(part.shape[1::-1]), np.float32([left, top])
         detections = []
         image = self.image(data=np.ascontiguousarray(part))
         for found in self.detector.detect(image).detections:
-            box = found.bounding_box
+            box, score = found.bounding_box, found.categories[0].score
             low = np.float32([box.origin_x, box.origin_y]) + corner
             high = low + np.float32([box.width, box.height])
-            points = np.float32([(point.x, point.y) for point in found.keypoints]) * size + corner
-            detections.append(Detection(found.categories[0].score, np.r_[low, high],
-                                        points[:2], points[3]))
+            points = np.float32([(point.x, point.y) for point in found.keypoints])
+            points = points * size + corner
+            box = np.r_[low, high]
+            detections.append(Detection(score, box, eyes=points[:2], mouth=points[3]))
         return detections
+
+
+def kept_points(mesh):
+    """MediaPipe's 478 landmarks of a face -> float32 [K, 3], its units"""
+    points = [mesh[number] for number in KEPT_POINTS]
+    return np.float32([(point.x, point.y, point.z) for point in points])
+
+
+def best_score(detections):
+    return max((face.score for face in detections), default=0)
 
 
 def turned(picture, turns):
@@ -246,24 +271,23 @@ def turn_back(points, turns, shape):
 
 def agrees(points, detections):
     """Do a mesh's eyes and mouth lie where the detector that sees the same face has them?"""
-    size = face_size(points)
-    centre = points[:, :2].mean(0)
-    nearest = min(detections, default=None,
-                  key=lambda found: np.linalg.norm(found.box.reshape(2, 2).mean(0) - centre))
-    if nearest is None:
+    if not detections:
         return True
+    centre = centre_of(points)
+    nearest = min(detections, key=lambda found: length(found.centre() - centre))
     low, high = nearest.box.reshape(2, 2)
     if not ((low < centre) & (centre < high)).all():
         return True  # the mesh follows a face that the detector misses
-    eyes = points[RIGID[:4], :2].reshape(2, 2, 2).mean(1)
-    mouth = points[MOUTH_CORNERS, :2].mean(0)
-    apart = np.linalg.norm(np.r_[eyes - nearest.eyes, [mouth - nearest.mouth]], axis=1)
-    return apart.mean() < 0.15 * size
+    right_eye, left_eye = centre_of(points[RIGID[:2]]), centre_of(points[RIGID[2:4]])
+    ours = np.stack([right_eye, left_eye, centre_of(points[MOUTH_CORNERS])])
+    theirs = np.vstack([nearest.eyes, nearest.mouth])
+    return length(ours - theirs).mean() < 0.15 * face_size(points)
 
 
 def shrink(rgb):
     """uint8 [H, W, 3] -> the same, contiguous and of at most TRACK_PIXELS."""
-    factor = (TRACK_PIXELS / (rgb.shape[0] * rgb.shape[1])) ** 0.5
+    H, W = rgb.shape[:2]
+    factor = (TRACK_PIXELS / (H * W)) ** 0.5
     if factor >= 1:
         return np.ascontiguousarray(rgb)
     return cv2.resize(rgb, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
@@ -288,51 +312,81 @@ def quiet_stderr():
 
 def face_size(points):
     """[K, 2 or 3] -> the longer side of the face's box, in the points' unit"""
-    return float(np.ptp(points[:, :2], axis=0).max())
+    sides = np.ptp(points[:, :2], axis=0)
+    return float(sides.max())
 
 
-def follow_face(tracks):
-    """The largest person of a shot: tracks, per frame a list of float32 [K, 3] -> as spread_out.
-
-    Faces are linked to the nearest centre of the frame before. Only people seen more than half as
-    long as the longest-seen count."""
-    people = group_people(tracks)
-    return spread_out(max(people, key=person_size, default=[]), len(tracks))
+def centre_of(points):
+    """[K, 2 or 3] -> [2]"""
+    return points[:, :2].mean(0)
 
 
-def spread_out(person, T):
-    """List of (t, points [K, 3]) -> float32 [T, K, 3], NaN where the person is absent"""
+def length(vectors):
+    """[..., n] -> [...]"""
+    return np.linalg.norm(vectors, axis=-1)
+
+
+def as_complex(points):
+    """[..., 2 or 3] -> complex [...]: x + iy, so that a turn is a product"""
+    return points[..., 0] + 1j * points[..., 1]
+
+
+# ---------------------------------------------------------------- one person
+def follow_face(seen):
+    """The largest face of a shot: seen, per frame a list of float32 [K, 3] -> as spread_out."""
+    return spread_out(max(find_trails(seen), key=trail_size, default=[]), len(seen))
+
+
+def spread_out(trail, T):
+    """-> float32 [T, K, 3], NaN where the face is absent"""
     landmarks = np.full((T, K, 3), np.nan, np.float32)
-    for t, points in person:
+    for t, points in trail:
         landmarks[t] = points
     return landmarks
 
 
-def group_people(tracks):
-    """-> the people of a shot from left to right, each a list of (t, points [K, 3])"""
-    people = []
-    for t, faces in enumerate(tracks):
+def find_trails(seen):
+    """Who is who in a shot: per frame a list of faces [K, 3] -> trails, from left to right: each a
+    list of (t, points [K, 3]).
+
+    A face is linked to the nearest one of the frames before. Only trails more than half as long as
+    the longest count."""
+    trails = []
+    for t, faces in enumerate(seen):
         for points in sorted(faces, key=face_size, reverse=True):
-            free = [person for person in people if person[-1][0] < t]
-            nearest = min(free, default=None, key=lambda person: distance(person[-1][1], points))
-            if nearest is None or distance(nearest[-1][1], points) > 0.6 * face_size(points):
-                people.append(nearest := [])
-            nearest.append((t, points))
-    longest = max((len(person) for person in people), default=0)
-    people = [person for person in people if len(person) > longest / 2]
-    return sorted(people, key=lambda person: np.mean([points[:, 0].mean() for _, points in person]))
+            free = [trail for trail in trails if trail[-1][0] < t]
+            steps = [distance(last_points(trail), points) for trail in free]
+            if min(steps, default=np.inf) <= 0.6 * face_size(points):
+                trail = free[int(np.argmin(steps))]
+            else:
+                trails.append(trail := [])
+            trail.append((t, points))
+    longest = max(map(len, trails), default=0)
+    trails = [trail for trail in trails if len(trail) > longest / 2]
+    return sorted(trails, key=mean_x)
 
 
-def person_size(person):
-    """Median face size of one of group_people's people, px"""
-    return np.median([face_size(points) for _, points in person])
+def last_points(trail):
+    _, points = trail[-1]
+    return points
+
+
+def mean_x(trail):
+    centres = [centre_of(points) for _, points in trail]
+    return np.mean(centres, 0)[0]
+
+
+def trail_size(trail):
+    """Median size of the face, px"""
+    return np.median([face_size(points) for _, points in trail])
 
 
 def distance(a, b):
     """Between the centres of two faces [K, 3], px"""
-    return float(np.linalg.norm(a[:, :2].mean(0) - b[:, :2].mean(0)))
+    return float(length(centre_of(a) - centre_of(b)))
 
 
+# ---------------------------------------------------------------- upright crop (S12)
 def fill_gaps(series):
     """[T, ...] with NaN rows -> the same, interpolated over time. All NaN: ValueError."""
     flat = series.reshape(len(series), -1).copy()
@@ -349,7 +403,8 @@ def fill_gaps(series):
 def smooth(series, sigma):
     """Gaussian over time, ends held: [T, ...] -> [T, ...]; sigma in frames."""
     flat = np.ascontiguousarray(series.reshape(len(series), -1), np.float64)
-    size = 2 * int(3 * sigma + 0.5) + 1
+    reach = int(3 * sigma + 0.5)
+    size = 2 * reach + 1
     blurred = cv2.GaussianBlur(flat, (1, size), sigmaX=1, sigmaY=sigma,
                                borderType=cv2.BORDER_REPLICATE)
     return blurred.reshape(series.shape)
@@ -360,19 +415,23 @@ def upright_motion(landmarks):
 
     The least-squares similarity from the canonical face onto the RIGID points, scale * e^(i angle):
     it knows nothing of the mouth."""
-    points = fill_gaps(landmarks[:, RIGID, :2].astype(np.float64)) @ [1, 1j]  # [T, 10] complex
-    centre = points.mean(1)
+    rigid = landmarks[:, RIGID].astype(np.float64)
+    points = as_complex(fill_gaps(rigid))  # [T, 10]
+    centre = points.mean(1, keepdims=True)
     template = RIGID_TEMPLATE - RIGID_TEMPLATE.mean()
-    turn = (points - centre[:, None]) @ template.conj() / np.sum(np.abs(template) ** 2)  # [T]
-    centre = smooth(centre.real, 1.5) + 1j * smooth(centre.imag, 1.5)
+    fit = (points - centre) @ template.conj()
+    turn = fit / np.vdot(template, template)  # [T]
+    both = np.hstack([centre.real, centre.imag])  # [T, 2]
+    centre = as_complex(smooth(both, 1.5))
     angle = smooth(np.unwrap(np.angle(turn)), 1.5)
-    scale = np.exp(smooth(np.log(np.abs(turn)), 5.0))
-    return centre, scale * np.exp(1j * angle)
+    log_scale = smooth(np.log(np.abs(turn)), 5.0)
+    return centre, np.exp(log_scale + 1j * angle)
 
 
 def upright(landmarks, centre, turn):
     """Frame px -> upright face units (cm from amid the RIGID points): [T, K, 3] -> [T, K, 2]"""
-    points = (landmarks[..., :2] @ np.array([1, 1j]) - centre[:, None]) / turn[:, None]
+    points = as_complex(landmarks) - centre[:, None]
+    points = points / turn[:, None]
     return np.stack([points.real, points.imag], -1)
 
 
@@ -385,14 +444,17 @@ def smooth_affines(landmarks, box=None):
     the landmarks' box. NaN rows are bridged."""
     centre, turn = upright_motion(landmarks)
     found = np.flatnonzero(np.isfinite(landmarks[:, 0, 0]))
-    some = found[np.linspace(0, len(found) - 1, min(len(found), 500)).astype(int)]
-    face = np.median(upright(landmarks[some], centre[some], turn[some]), 0)  # [K, 2]
-    x0, y0, x1, y1 = box if box is not None else (*face.min(0), *face.max(0))
-    unit = CROP_PX / (BOX_MARGIN * max(y1 - y0, 1.1 * (x1 - x0)))  # crop px per upright unit
+    some = found[::1 + len(found) // 500]  # enough for a median
+    shapes = upright(landmarks[some], centre[some], turn[some])
+    face = np.median(shapes, 0)  # [K, 2]
+    x0, y0, x1, y1 = box if box is not None else np.r_[face.min(0), face.max(0)]
+    height = max(y1 - y0, 1.1 * (x1 - x0))
+    unit = CROP_PX / (BOX_MARGIN * height)  # crop px per upright unit
     left = CROP_PX / 2 - unit * (x0 + x1) / 2
     top = NOSE_ROW - unit * face[NOSE_TIP, 1]
-    rotate = unit / turn  # [T] complex: crop = rotate * (frame - centre) + (left, top)
-    shift = left + 1j * top - rotate * centre
+    corner = complex(left, top)
+    rotate = unit / turn  # [T] complex: crop = rotate * (frame - centre) + corner
+    shift = corner - rotate * centre
     rows = [rotate.real, -rotate.imag, shift.real, rotate.imag, rotate.real, shift.imag]
     return np.stack(rows, 1).reshape(-1, 2, 3).astype(np.float32)
 
@@ -401,16 +463,18 @@ def to_crop(points, affine):
     """points [..., K, 3] frame px, affine [..., 2, 3] -> [..., K, 3] crop px; z keeps its scale."""
     matrix, shift = affine[..., :2], affine[..., None, :, 2]
     flat = points[..., :2] @ np.swapaxes(matrix, -1, -2) + shift
-    scale = np.hypot(matrix[..., 0, 0], matrix[..., 1, 0])[..., None, None]
-    return np.concatenate([flat, points[..., 2:] * scale], -1).astype(np.float32)
+    scale = length(matrix[..., 0])[..., None, None]
+    depth = points[..., 2:] * scale
+    return np.concatenate([flat, depth], -1).astype(np.float32)
 
 
 def crop(frame, affine):
     """uint8 [H, W, 3], affine [2, 3] frame px -> crop px -> uint8 [256, 256, 3].
 
     When shrinking, it is sampled finer and averaged."""
-    shrinking = 1 / np.hypot(affine[0, 0], affine[1, 0])
-    fine = int(np.clip(np.ceil(shrinking - 0.1), 1, 4))
+    shrinking = 1 / length(affine[:, 0])
+    fine = math.ceil(shrinking - 0.1)
+    fine = min(max(fine, 1), 4)
     scaled = affine * fine
     scaled[:, 2] += (fine - 1) / 2  # pixel centres sit at whole numbers
     size = (CROP_PX * fine, CROP_PX * fine)
@@ -421,6 +485,7 @@ def crop(frame, affine):
     return cv2.resize(picture, (CROP_PX, CROP_PX), interpolation=cv2.INTER_AREA)
 
 
+# ---------------------------------------------------------------- head pose and mouth
 def with_head_pose(reference, frame):
     """The reference's face, mouth and all, with the frame's head pose.
 
@@ -430,17 +495,19 @@ def with_head_pose(reference, frame):
     """
     reference, frame = np.broadcast_arrays(reference, frame)
     ours, theirs = (points[..., UPPER, :].astype(np.float64) for points in (reference, frame))
-    missing = ~(np.isfinite(ours) & np.isfinite(theirs)).all((-1, -2))  # [...]
+    there = np.isfinite(ours + theirs).all((-1, -2))  # [...]
     ours, theirs = np.nan_to_num(ours), np.nan_to_num(theirs)
     centre, goal = ours.mean(-2, keepdims=True), theirs.mean(-2, keepdims=True)
     ours, theirs = ours - centre, theirs - goal
     left, stretch, right = np.linalg.svd(np.swapaxes(theirs, -1, -2) @ ours)  # [..., 3, 3]
-    # a rotation, not a reflection
-    stretch[..., 2] *= (sign := np.sign(np.linalg.det(left @ right)))
+    sign = np.sign(np.linalg.det(left @ right))  # -1: a reflection, which is no rotation
+    stretch[..., 2] *= sign
     left[..., 2] *= sign[..., None]
-    scale = stretch.sum(-1) / np.maximum((ours ** 2).sum((-1, -2)), 1e-9)
-    moved = (reference - centre) @ np.swapaxes(left @ right, -1, -2) * scale[..., None, None] + goal
-    moved[missing] = np.nan
+    spread = np.square(ours).sum((-1, -2))
+    scale = stretch.sum(-1) / spread.clip(1e-9)
+    turn = scale[..., None, None] * (left @ right)
+    moved = (reference - centre) @ np.swapaxes(turn, -1, -2) + goal
+    moved[~there] = np.nan
     return moved.astype(np.float32)
 
 
@@ -456,23 +523,29 @@ def place_points(references, frames):
 def mouth_shape(landmarks):
     """[..., K, 2 or 3] crop px -> float32 [..., 3]: inner-lip gap (px), mouth width (px), rounding
     (outer lip height / width)."""
-    pairs = [landmarks[..., pair, :2] for pair in (GAP_ENDS, MOUTH_CORNERS, HEIGHT_ENDS)]
-    gap, width, height = [np.linalg.norm(pair[..., 0, :] - pair[..., 1, :], axis=-1)
-                          for pair in pairs]
-    return np.stack([gap, width, height / np.maximum(width, 1e-6)], -1).astype(np.float32)
+    gap = span(landmarks, GAP_ENDS)
+    width = span(landmarks, MOUTH_CORNERS)
+    rounding = span(landmarks, HEIGHT_ENDS) / width.clip(1e-6)
+    return np.stack([gap, width, rounding], -1).astype(np.float32)
+
+
+def span(landmarks, ends):
+    """How far two points lie apart in the picture: [..., K, 2 or 3] -> [...]"""
+    first, second = ends
+    return length(landmarks[..., first, :2] - landmarks[..., second, :2])
 
 
 def head_turn(landmarks):
     """[..., K, 3] -> float32 [..., 2]: where the nose tip lies between the eyes' outer corners, in
     eye distances: sideways (0 = frontal, grows as the head turns), downwards (less looking up)."""
-    flat = landmarks[..., :2] @ np.array([1, 1j])
-    right, left = flat[..., EYE_CORNERS[0]], flat[..., EYE_CORNERS[1]]
-    place = (flat[..., NOSE_TIP] - (left + right) / 2) / (left - right)
+    eyes = as_complex(landmarks[..., EYE_CORNERS, :])  # [..., 2]
+    nose = as_complex(landmarks[..., NOSE_TIP, :])
+    between = eyes[..., 1] - eyes[..., 0]
+    place = (nose - eyes.mean(-1)) / between
     return np.stack([place.real, place.imag], -1).astype(np.float32)
 
 
-# ---- references (Fig. 7): one rule for training and dubbing --------------------------------------
-
+# ---------------------------------------------------------------- references (Fig. 7)
 def select_references(landmarks, count, exclude=None, rng=None):
     """Which frames serve as references: the most closed mouth, then those most unlike the chosen.
 
@@ -485,20 +558,23 @@ def select_references(landmarks, count, exclude=None, rng=None):
     half of the frames, for training; None: always the same frames, for dubbing."""
     allowed = np.arange(len(landmarks))
     if exclude is not None:
-        far = np.abs(allowed[:, None] - exclude).min(1) >= 5
+        gaps = np.abs(allowed[:, None] - exclude)
+        far = gaps.min(1) >= 5
         allowed = allowed[far] if far.any() else allowed
     if rng is not None:
-        allowed = rng.permutation(allowed)[:max(4 * count, len(allowed) // 2)]
+        enough = max(4 * count, len(allowed) // 2)
+        allowed = rng.permutation(allowed)[:enough]
     opening_and_width = mouth_shape(landmarks)[:, :2]  # [T, 2] px
-    eyes = landmarks[:, RIGID[0], :2] - landmarks[:, RIGID[3], :2]
-    shape = opening_and_width / np.linalg.norm(eyes, axis=1, keepdims=True)
+    shape = opening_and_width / span(landmarks, EYE_CORNERS)[:, None]
     shape, doubt = shape[allowed], reference_doubt(landmarks)[allowed]
-    shape = shape.clip(*np.quantile(shape, (0.02, 0.98), axis=0))  # a bad mesh is no extreme mouth
-    chosen = [int(np.argmin(shape[:, 0] + doubt))]
-    unlike = np.full(len(allowed), np.inf)
+    low, high = np.quantile(shape, (0.02, 0.98), axis=0)
+    shape = shape.clip(low, high)  # a bad mesh is no extreme mouth
+    best = np.argmin(shape[:, 0] + doubt)
+    chosen, unlike = [best], np.full(len(allowed), np.inf)
     for _ in range(count - 1):
-        unlike = np.minimum(unlike, np.linalg.norm(shape - shape[chosen[-1]], axis=1))
-        chosen.append(int(np.argmax(unlike - doubt)))
+        unlike = np.minimum(unlike, length(shape - shape[best]))
+        best = np.argmax(unlike - doubt)
+        chosen.append(best)
     return allowed[chosen].astype(np.int64)
 
 
@@ -506,16 +582,15 @@ def reference_doubt(landmarks):
     """What speaks against each frame as a reference, in eye distances: a head turned away from the
     median pose, a mouth that moves. [T, K, 3] -> [T]"""
     pose = head_turn(landmarks)
-    turned_away = np.linalg.norm(pose - np.median(pose, 0), axis=1)
+    turned_away = length(pose - np.median(pose, 0))
     if len(landmarks) == 1:
         return 0.5 * turned_away
-    velocity = np.gradient(landmarks[:, MOUTH, :2].mean(1), axis=0)  # px a frame
-    return 0.5 * turned_away + 0.02 * np.linalg.norm(velocity, axis=1)
+    mouth = landmarks[:, MOUTH, :2].mean(1)
+    speed = length(np.gradient(mouth, axis=0))  # px a frame
+    return 0.5 * turned_away + 0.02 * speed
 
 
-# ---- face box (S12): yolov8-face through cv2.dnn, only with --face-detector ----------------------
-
-
+# ---------------------------------------------------------------- face box (S12)
 def decode_yolo(output, scale=1.0, pad=(0.0, 0.0), conf=0.5, iou=0.45):
     """yolov8-face output float32 [1, 20, anchors]: per anchor centre x, y, width, height, score, 5
     x (x, y, visibility).
@@ -524,17 +599,16 @@ def decode_yolo(output, scale=1.0, pad=(0.0, 0.0), conf=0.5, iou=0.45):
     pixels of the picture before the letterbox (which multiplied it by scale and then added pad =
     (left, top)). Overlaps above iou are suppressed."""
     rows = np.asarray(output, np.float32)[0].T  # [anchors, 20]
-    rows = rows[rows[:, 4] > conf]  # [boxes, 20]
-    corner = rows[:, :2] - rows[:, 2:4] / 2
-    kept = cv2.dnn.NMSBoxes(np.hstack([corner, rows[:, 2:4]]).tolist(), rows[:, 4].tolist(), conf,
-                            iou)
-    # cv2 gives an empty tuple for none; sorted by score
-    kept = np.array(kept, np.int64).reshape(-1)
-    rows, corner = rows[kept], corner[kept]
-    boxes = (np.hstack([corner, corner + rows[:, 2:4]]) - np.tile(pad, 2)) / scale
-    keypoints = rows[:, 5:].reshape(-1, 5, 3)
-    keypoints[..., :2] = (keypoints[..., :2] - pad) / scale
-    return boxes.astype(np.float32), rows[:, 4], keypoints
+    centre, size, score, points = np.split(rows, [2, 4, 5], axis=1)
+    score, corner = score[:, 0], centre - size / 2
+    order = cv2.dnn.NMSBoxes(np.hstack([corner, size]).tolist(), score.tolist(), conf, iou)
+    order = np.array(order, np.int64).reshape(-1)  # best first; cv2 gives an empty tuple for none
+    low, high = corner[order], (corner + size)[order]
+    boxes = np.hstack([low - pad, high - pad]) / scale
+    keypoints = points[order].reshape(-1, 5, 3)
+    keypoints[..., :2] -= pad
+    keypoints[..., :2] /= scale
+    return boxes.astype(np.float32), score[order], keypoints
 
 
 class YoloFace:
@@ -551,18 +625,17 @@ class YoloFace:
             raise BadInput(f"{onnx}: {reason}") from None
 
     def find(self, rgb):
-        height, width = rgb.shape[:2]
-        scale = self.side / max(height, width)
-        pad = (int(self.side - width * scale) // 2, int(self.side - height * scale) // 2)
+        scale = self.side / max(rgb.shape)
+        width, height = round(scale * rgb.shape[1]), round(scale * rgb.shape[0])
+        small = cv2.resize(rgb, (width, height))
+        left, top = (self.side - width) // 2, (self.side - height) // 2
         canvas = np.full((self.side, self.side, 3), 114, np.uint8)
-        small = cv2.resize(rgb, (round(width * scale), round(height * scale)))
-        canvas[pad[1]:pad[1] + len(small), pad[0]:pad[0] + small.shape[1]] = small
-        self.net.setInput(cv2.dnn.blobFromImage(canvas, 1 / 255.0))  # [1, 3, 640, 640], RGB
-        return decode_yolo(self.net.forward(), scale, pad)
+        canvas[top:top + height, left:left + width] = small
+        self.net.setInput(cv2.dnn.blobFromImage(canvas, 1 / 255))  # [1, 3, 640, 640], RGB
+        return decode_yolo(self.net.forward(), scale, (left, top))
 
 
-# ---- shots: what happens between two cuts --------------------------------------------------------
-
+# ---------------------------------------------------------------- shots
 GAP_FRAMES = 5  # so many frames without a face are bridged, whatever they show
 
 
@@ -587,7 +660,7 @@ def track_shots(frames, trackers):
                 if cut:  # or the landmarks crawl from the old face to the new one
                     for tracker in trackers:
                         tracker.forget()
-                    found[i:] = pool.map(FaceTracker.find, trackers, group[i:])
+                    found[i:] = pool.map(FaceTracker.find, trackers[i:], group[i:])
                     now = now[0], found[i]
                 yield frame, found[i], trackers[i].lying, cut
                 if found[i] or before is None or cut:
@@ -603,13 +676,14 @@ def is_cut(before, after):
     """(thumbnail, faces) of two frames in a row -> is there a cut between them?
 
     Either the picture changes altogether, or its colours do, or all faces jump as it changes."""
-    change = np.abs(after[0] - before[0]).mean()  # 0..255
+    (picture, faces), (new_picture, new_faces) = before, after
+    change = np.abs(new_picture - picture).mean()  # 0..255
     if change > 30:
         return True
-    if change > 12 and colour_change(before[0], after[0]) > 0.4:
+    if change > 12 and colour_change(picture, new_picture) > 0.4:
         return True
-    jumps = [min(jump(a, b) for b in before[1]) for a in after[1] if before[1]]
-    return change > 6 and len(jumps) > 0 and min(jumps) > 0.3
+    jumps = [jump(a, b) for a in faces for b in new_faces]
+    return change > 6 and min(jumps, default=0) > 0.3
 
 
 def colour_change(before, after):
@@ -618,11 +692,12 @@ def colour_change(before, after):
     for picture in (before, after):
         colours, _ = np.histogramdd(picture.reshape(-1, 3), bins=6, range=[(0, 256)] * 3)
         counts.append(colours / colours.sum())
-    return np.abs(counts[0] - counts[1]).sum() / 2
+    here, there = counts
+    return np.abs(here - there).sum() / 2
 
 
 def jump(a, b):
     """Two faces [K, 3] -> how far apart, in face sizes, position and size together."""
-    moved = distance(a, b) / face_size(a)
-    grown = abs(np.log(face_size(a) / face_size(b)))
-    return moved + grown
+    size, other = face_size(a), face_size(b)
+    grown = abs(math.log(size / other))
+    return distance(a, b) / size + grown

@@ -47,7 +47,7 @@ CHIN_ROOM, CHEEK = 12, 0.4  # the mask's rim: crop px lower at the chin, share n
 TINT_PX, TINT_SIGMA, TINT_TRUST = 32, 6.0, 10.0  # colour match: map's size, blur; step still a tint
 
 
-# ---- the network ---------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the network
 def redraw_frames(frames, track, net, features, amplitude):
     """Frame n of the new video has the n-th frame of the sound and shows frame t of the old one.
 
@@ -58,8 +58,8 @@ def redraw_frames(frames, track, net, features, amplitude):
     while batch := list(itertools.islice(numbered, BATCH)):
         redrawn = {}
         shown = [(n, t, frame) for n, (t, frame) in batch if track.dubbed[t]]
-        for person in track.persons():
-            group = [one for one in shown if track.people[track.shots[one[1]]] is person]
+        for person in track.people():
+            group = [one for one in shown if track.person_at(one[1]) is person]
             if not group:
                 continue
             heard, times, _ = zip(*group)
@@ -73,7 +73,7 @@ def redraw_frames(frames, track, net, features, amplitude):
             yield t, frame, *redrawn.get(n, (None, None))
 
 
-# ---- blend ---------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- blend
 def face_outline(points):
     """Points [K, 3] crop px -> the lower face's rim [21, 2], chin lowered, cheeks narrower"""
     jaw = points[faces.JAW, :2].copy()
@@ -130,7 +130,7 @@ def blend(frame, picture, affine, mask):
     return result
 
 
-# ---- all of it -----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- all of it
 def check_outputs(out, compare, refs_sheet, inputs):
     """BadInput if one of the output files cannot be written, or is an input or another output."""
     kinds = (("--out", out, ".mp4 .mov .mkv"), ("--compare", compare, ".png .mp4"),
@@ -169,7 +169,7 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
         networks = experts.load_networks(networks, device)
     count = max(1, round(len(wave) / SAMPLES_PER_FRAME))  # frames of the dubbed video
     track, features = watch_and_hear(video, wave, count, networks, face, progress)
-    crops, strip, kept, first_frame_s = [], [], {}, None
+    seen_crops, strip, kept, first_frame_s = [], [], {}, None
     moments = {int((i + 0.5) * count / 8) for i in range(8)}
     options = dict(sound=audio, seconds=count / FPS, preset=PRESET, like=video)
     with contextlib.ExitStack() as stack:
@@ -185,24 +185,24 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
             first_frame_s = first_frame_s or time.perf_counter() - start
             if picture is None:
                 kept.setdefault(track.reasons[t], []).append(i / FPS)
-                dubbed = made = None
+                dubbed = seen = None
             else:
                 dubbed = put_back(frame, crop, picture, track, t)
-                made = faces.crop(dubbed, track.affines[t])  # as it is seen
+                seen = faces.crop(dubbed, track.affines[t])
             shown = frame if dubbed is None else dubbed
             target.write(shown)
             if i < SYNC_SECONDS * FPS:
-                crops.append(made)
+                seen_crops.append(seen)
             if side:
                 side.write(np.concatenate([frame, shown], 1))
-            elif compare and i in moments and made is not None:
-                strip.append(np.concatenate([crop, made]))
+            elif compare and i in moments and seen is not None:
+                strip.append(np.concatenate([crop, seen]))
     seconds = time.perf_counter() - start
     reasons = {reason: (len(times), times[0]) for reason, times in kept.items()}
     report = dict(out=str(out), frames=count, seconds=seconds, fps=count / seconds,
                   first_frame_s=first_frame_s, reasons=reasons,
                   kept=sum(frames for frames, _ in reasons.values()))
-    report |= measure_sync(crops, wave, features, networks)
+    report |= measure_sync(seen_crops, wave, features, networks)
     if refs_sheet:
         save_png(refs_sheet, reference_sheet(track, networks.net))
     if strip:
@@ -257,7 +257,7 @@ def reference_sheet(track, net):
     """Each person's references as chosen, and below with the head pose of one frame (mouth as it
     was) -> uint8 [rows, R * 256, 3]"""
     rows = []
-    for person in track.persons():
+    for person in track.people():
         middle = person.frames[len(person.frames) // 2]
         landmarks = track.steady_points(middle)
         points = faces.place_points(person.points, landmarks[None])  # [1, R, 2, K, 2]
@@ -283,6 +283,7 @@ def default_name(video):
     return os.fsdecode(stem.decode(errors="ignore").encode() or stem) + "_dubbed.mp4"
 
 
+# ---------------------------------------------------------------- python infer.py
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("video", nargs="?", help="a video or a still picture; its face is dubbed")

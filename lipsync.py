@@ -4,8 +4,8 @@
     image    | ImageEncoder                                                | S2(2)     | 1
     selector | AudioSelector                                               | S2(3)     | 1
     fusion   | ModalityFusion, attention                                   | S2(4) a-g | 2
-    decoder  | ImageDecoder, SPADEResnetBlock, SPADE, ReferenceMix         | S2(5)     | 4, 5, 6
-    all      | LipSync                                                     | S2        | 1
+    decoder  | ImageDecoder, SPADEResnetBlock or ConvBlock, ReferenceMix   | S2(5)     | 4, 5, 6
+    all      | LipSync; redraw: pictures in, pictures out                  | S2        | 1
 
 S2(1), the audio encoders, is audio.py; lips and warp, which S2 does not have, are lips.py. Letters
 of shapes as in common.py. Pictures are RGB, float, 0..1. `python lipsync.py` prints the trace of
@@ -80,7 +80,7 @@ def round_up(number, step):
 PRESETS = {
     "full": Config(channels=(32, 64, 128, 256, 512, 512), spade_hidden=64),
     "edge": Config(decoder="conv", fold=4, channels=(32, 64, 128, 192), heads=4),
-    "tiny": Config(image_size=128, decoder="conv", fold=2, channels=(16, 32, 48, 96, 128), heads=4,
+    "tiny": Config(decoder="conv", fold=4, channels=(16, 32, 96, 128), heads=4,
                    audio_encoder="scratch", audio_dim=96, lip_width=128),
 }
 
@@ -170,14 +170,17 @@ def _stage(owner, module, *inputs):
 
 
 # ---------------------------------------------------------------- S2(3) audio feature selector
-def audio_window(frame, spacing, length):
-    """Which audio features frame `frame` hears. For dubbing, eval and training alike.
+def audio_window(frame, spacing, length, count=None):
+    """Which of the `count` audio features of a clip frame `frame` hears: dubbing, eval, training.
 
     Patent: S2(3), frame + spacing * (-length//2 .. length//2).
-    Shapes: frame int -> int64 [length], or int tensor [T] -> [T, length]; not clamped to the clip.
+    Shapes: frame int -> int64 [length], or int tensor [T] -> [T, length].
+    Choice: before the first and after the last feature, these two repeat; count None: numbers
+        below 0 and beyond the clip stay.
     """
     offsets = spacing * (torch.arange(length) - length // 2)
-    return torch.as_tensor(frame)[..., None] + offsets
+    window = torch.as_tensor(frame)[..., None] + offsets
+    return window if count is None else window.clamp(0, count - 1)
 
 
 class AudioSelector(nn.Module):
@@ -185,8 +188,7 @@ class AudioSelector(nn.Module):
 
     Patent: S2(3), {a_(i-5), ..., a_i, ..., a_(i+5)} for spacing 1 and length 11, or spacing 2.
     Shapes: features [B, L, D] -> [B, L, F, D], or [B, T, F, D] for given frames [B, T] (int).
-    Choice: before the first and after the last feature, these two repeat. Training samples hold
-        their windows already (sampling.audio_input does the same to arrays).
+    Choice: training samples hold their windows already: sampling.audio_input does this to arrays.
     """
 
     def __init__(self, config):
@@ -198,8 +200,8 @@ class AudioSelector(nn.Module):
         if frames is None:
             frames = torch.arange(L).expand(B, L)
         check(frames, "B T", "selector.frames", B=B)
-        index = audio_window(frames.cpu(), self.spacing, self.window)            # [B, T, F]
-        index = index.clamp(0, L - 1).to(features.device)
+        index = audio_window(frames.cpu(), self.spacing, self.window, L)         # [B, T, F]
+        index = index.to(features.device)
         rows = torch.arange(B, device=features.device)[:, None, None]
         return check(features[rows, index], "B T F D", "selector.selected", B=B, D=D)
 
@@ -475,7 +477,7 @@ class ImageDecoder(nn.Module):
         for i, (conv, block, skip) in enumerate(zip(self.convs, self.blocks, skips[::-1])):
             x = fn.interpolate(conv(x), scale_factor=2)              # twice as high and wide
             skip = lower_rows(skip)                                  # [B, C_i, 5/8 h_i, w_i]
-            x = _stage(self, block, x[:, :, -skip.shape[2]:], skip)  # all rows only at first
+            x = _stage(self, block, x[:, :, -skip.shape[2]:], skip)  # the first still has all rows
             check(x, "B C h w", f"decoder.map{i}", B=B)
         if self.mix is not None:
             draft = self.mix(x, refs)                                # [B, 3, 5/8 H, W]

@@ -12,7 +12,8 @@ A stage is a straight loop:
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, size)):
         loss = ...
         loss.backward()
-        keeper.log(dict(total=loss.item(), grad_norm=update(run, optimizer, scheduler)))
+        norm = update(run, optimizer, scheduler)
+        keeper.log(dict(total=loss.item(), grad_norm=norm))
 """
 import csv
 import dataclasses
@@ -114,7 +115,8 @@ def prepare_features(run, noisy=False):
     beside the clip, float16 [T, D]."""
     if not run.features_key:
         return
-    jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in {False, noisy}]
+    copies = (False, True) if noisy else (False,)
+    jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in copies]
     jobs = jobs[run.rank::run.world]  # shared out before anyone writes: no clip falls between two
     targets = [sampling.feature_path(path, run.features_key, noise) for path, noise in jobs]
     jobs = [(*job, target) for job, target in zip(jobs, targets) if not target.is_file()]
@@ -162,8 +164,11 @@ def copy_states(path, content, net, states):
             module.load_state_dict(state)
     except RuntimeError:
         saved, ours = content.get("config", {}), dataclasses.asdict(net.config)
-        differ = [f"{name} {saved.get(name)} there, {value} here" for name, value in ours.items()
-                  if tuple(np.ravel(saved.get(name))) != tuple(np.ravel(value))]
+        differ = []
+        for name, here in ours.items():
+            there = saved.get(name)
+            if np.ravel(there).tolist() != np.ravel(here).tolist():
+                differ.append(f"{name} {there} there, {here} here")
         reason = "; ".join(differ) or "other layers"
         raise BadInput(f"{path}: does not fit this network: {reason}") from None
 
@@ -200,15 +205,16 @@ class Keeper:
     """Owns a stage's checkpoint, log and signals: `for step, batch in keeper.steps(batches): ...`
 
     parts: name -> module, optimizer or scheduler: saved, resumed, the same in every process.
-    total: steps that are planned. frames: of one step and process, for the rate that is logged.
+    planned: number of steps. frames: of one step and process, for the rate that is logged.
     content: what else the checkpoint holds. infos: the clips that batch["clip"] counts.
     `stopped` says after the loop that a signal ended it early."""
     COLUMNS = ("stage", "step", "total", "reconstruction", "coarse", "perceptual", "sync", "lip",
                "mouth", "gan", "discriminator", "accuracy", "lr", "grad_norm", "frames_per_s",
                "loader_share")
 
-    def __init__(self, run, name, parts, total, frames, content, infos=()):
-        self.run, self.name, self.parts, self.total, self.frames = run, name, parts, total, frames
+    def __init__(self, run, name, parts, planned, frames, content, infos=()):
+        self.run, self.name, self.parts = run, name, parts
+        self.planned, self.frames = planned, frames
         self.content, self.infos = content, infos
         self.step, self.stopped, self.signals = 0, False, []
         self.saved_at = time.perf_counter()
@@ -249,7 +255,7 @@ class Keeper:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
             common.save_checkpoint(self.path, {**self.content, "state": state, "step": self.step,
-                                               "steps": self.total, "random": random})
+                                               "steps": self.planned, "random": random})
         self.saved_at = time.perf_counter()
 
     def steps(self, batches):
@@ -258,7 +264,7 @@ class Keeper:
         self.began, self.logged, self.waiting = waited, self.step, 0.0
         handlers = {number: signal.signal(number, self.note_signal)
                     for number in (signal.SIGTERM, signal.SIGINT)}
-        self.bar = tqdm(total=self.total, initial=self.step, desc=self.name, unit="step",
+        self.bar = tqdm(total=self.planned, initial=self.step, desc=self.name, unit="step",
                         disable=run.rank > 0, mininterval=1)
         try:
             for batch in batches:
@@ -268,7 +274,7 @@ class Keeper:
                                   for name, value in batch.items()}
                 self.step += 1
                 self.bar.update()
-                self.stopped = self.asked_to_stop() and self.step < self.total
+                self.stopped = self.asked_to_stop() and self.step < self.planned
                 if self.stopped:
                     break
                 if time.perf_counter() - self.saved_at > 60 * run.config.save_minutes:
@@ -302,8 +308,9 @@ class Keeper:
         rows = []
         if self.log_path.is_file():
             with open(self.log_path) as file:
-                rows = [row for row in csv.DictReader(file)
-                        if row["stage"] != self.name or int(row["step"]) <= self.step]
+                rows = list(csv.DictReader(file))
+        rows = [row for row in rows
+                if row["stage"] != self.name or int(row["step"]) <= self.step]
         with open(self.log_path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
             writer.writeheader()
@@ -318,7 +325,7 @@ class Keeper:
                            f"clips of the batch: {', '.join(sorted(clips))}; the last good "
                            f"checkpoint is {self.path}")
         done = self.step + 1
-        if self.run.rank > 0 or done % 20 and done != self.total:
+        if self.run.rank > 0 or done % 20 and done != self.planned:
             return
         passed = time.perf_counter() - self.began
         rate = (done - self.logged) * self.frames * self.run.world / passed
@@ -360,7 +367,7 @@ def wait_for_all(world):
 
 def make_loader(run, dataset, keeper, batch):
     """The batches that a stage still needs: batch b of this process has its own sample numbers."""
-    starts = [(b * run.world + run.rank) * batch for b in range(keeper.step, keeper.total)]
+    starts = [(b * run.world + run.rank) * batch for b in range(keeper.step, keeper.planned)]
     order = [start + i for start in starts for i in range(batch)]
     workers = run.config.workers
     return torch.utils.data.DataLoader(

@@ -10,7 +10,7 @@ reconstruction  reconstruction_loss   S3(3)   mean |I_o - I_r|
 coarse          the same              -       of means of 4 x 4 pixels (Choice)
 perceptual      PerceptualLoss        S3(4)   sum_i |VGG_i(I_o) - VGG_i(I_r)| / (W_i H_i C_i)
 adversarial     generator_loss,       S3(5)   mean log(1 - disc_j(I_o)), by the discriminator
-                discriminator_loss            to be raised with + mean log disc_j(I_r)
+                discriminator_loss            to be raised with + mean log disc_j(I_r); --gan: hinge
 mouth           mouth_loss            -       mean |lips - true lips| / mouth width (stage mouth)
 
 Letters as in common.py. I_o is the picture made, I_r the true one: RGB, 0..1. Every loss is a
@@ -94,22 +94,22 @@ def lip_reading_loss(logits, tokens, pad):
 
 
 # ---------------------------------------------------------------- S3(3) reconstruction
-def reconstruction_loss(output, target, mouth_weight=0.0, mask=None):
+def reconstruction_loss(output, target, mouth_pixels=0.0, mask=None):
     """Mean absolute difference of all values.
 
-    Patent: mean of |output - target| over all values, S3(3). That is mouth_weight = 0.
+    Patent: mean of |output - target| over all values, S3(3). That is mouth_pixels = 0.
     Shapes: output [B, C, H, W], target [B, C, H, W] in 0..1, mask None or [B, 1, H, W] in 0..1
-        -> scalar in 0..1. ValueError for mouth_weight without a mask.
-    Choice: a pixel counts 1 + mouth_weight times where mask is 1: a weighted mean, so that the
+        -> scalar in 0..1. ValueError for mouth_pixels without a mask.
+    Choice: a pixel counts 1 + mouth_pixels times where mask is 1: a weighted mean, so that the
         other weights keep their meaning; per picture, so that half batches give its gradient.
     """
     B, C, H, W = output.shape
     check(target, "B C H W", "target", B=B, C=C, H=H, W=W)
     difference = (output.float() - target.float()).abs()  # [B, C, H, W]
-    if mouth_weight == 0:
+    if mouth_pixels == 0:
         return difference.mean()
     check(mask, "B 1 H W", "mask", B=B, H=H, W=W)
-    weight = 1 + mouth_weight * mask.float()  # [B, 1, H, W]
+    weight = 1 + mouth_pixels * mask.float()  # [B, 1, H, W]
     error = (difference * weight).sum((1, 2, 3))  # [B]
     return (error / (C * weight.sum((1, 2, 3)))).mean()
 
@@ -179,7 +179,7 @@ class PerceptualLoss(nn.Module):
             wanted = self.features(fn.avg_pool2d(target.detach(), step))
             found = self.features(fn.avg_pool2d(output, step))
             for name, made in found.items():  # [B, C_i, H_i, W_i]
-                total = total + (made.float() - wanted[name].float()).abs().mean()
+                total = total + fn.l1_loss(made.float(), wanted[name].float())
         return total
 
 

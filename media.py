@@ -55,6 +55,7 @@ HDR_TO_BT709 = ("setparams=colorspace=bt2020nc:color_primaries=bt2020,"
                 "tonemap=clip,zscale=transfer=bt709:matrix=bt709:range=tv,format=yuv420p")
 
 
+# ---------------------------------------------------------------- ffmpeg
 def ffmpeg_exe():
     import imageio_ffmpeg
     return imageio_ffmpeg.get_ffmpeg_exe()
@@ -89,8 +90,9 @@ def probe(path):
     default = [i for i, line in enumerate(sounds) if "(default)" in line]
     found = re.search(r"^Input #0, ([^ ]+),", text, re.M)
     picture = not found or found[1].endswith("_pipe")
-    return Probe(pictures[0] if pictures else "", (default + [0])[0] if sounds else None,
-                 "alpha_mode" in text, picture)
+    best = default[0] if default else 0
+    return Probe(video=pictures[0] if pictures else "", audio=best if sounds else None,
+                 alpha_mode="alpha_mode" in text, picture=picture)
 
 
 @contextlib.contextmanager
@@ -122,6 +124,7 @@ def ffmpeg_reader(path, *output, before=()):
             process.kill()
 
 
+# ---------------------------------------------------------------- sound
 def read_audio(path):
     """The sound of any media file -> float32 [N], 16 kHz mono, -1..1, on the video's clock (padded
     or cut at the start to time 0).
@@ -146,12 +149,16 @@ def read_audio(path):
         return samples[:, 0].clip(-1, 1)
     some = samples[::max(1, len(samples) // 1_000_000)].astype(np.float64)
     power = (some ** 2).mean(0)  # [channels]
-    alike = (some * some[:, power.argmax(), None]).mean(0) / np.sqrt(power * power.max() + 1e-12)
+    loudest = some[:, [power.argmax()]]  # [N, 1]
+    product = (some * loudest).mean(0)
+    alike = product / np.sqrt(power * power.max() + 1e-12)  # [channels], -1..1
     signs = np.where(alike < -0.5, -1.0, 1.0)
-    gain = np.sqrt(power.max() / max(((some @ signs) ** 2).mean(), 1e-12))
+    mixed = np.square(some @ signs).mean()
+    gain = np.sqrt(power.max() / max(mixed, 1e-12))
     return (samples @ np.float32(signs * gain)).clip(-1, 1)
 
 
+# ---------------------------------------------------------------- pictures
 def colour_matrix(info):
     """What turns a video's YCbCr into RGB, as its tag says; without one BT.709 in HD, else BT.601,
     as every player has it."""
@@ -254,6 +261,7 @@ def frames_at(video, numbers):
     raise BadInput(f"{video}: changed while it was being read")
 
 
+# ---------------------------------------------------------------- writing
 def written_matrix(like):
     """The matrix, BT.709 or BT.601, for frames that were read from the file `like` (None: drawn)"""
     old = like is not None and colour_matrix(probe(like)) in ("bt470bg", "smpte170m")
@@ -375,7 +383,7 @@ def hash_of(text):
     return int.from_bytes(digest[:8], "big")
 
 
-# ---- the frames again, also backwards; in a thread -----------------------------------------------
+# ---------------------------------------------------------------- the frames again
 def ahead(source):
     """The items of the generator `source`, which runs in a thread, at most QUEUE items ahead."""
     pool = ThreadPoolExecutor(1)

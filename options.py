@@ -35,7 +35,7 @@ class TrainConfig:
     random_refs: bool = option(False, "references at random, not by the rule (ablation)")
     keep_offsets: bool = option(False, "leave each video's sound where it is")
 
-    preset: str = option("edge", "the network; empty encoder or decoder, refs or spacing 0: its",
+    preset: str = option("edge", "the network; audio_encoder, decoder empty, refs, spacing 0: its",
                          tuple(lipsync.PRESETS))
     audio_encoder: str = option("", "whisper name or file, wav2vec2:X, hubert:X, scratch")
     decoder: str = option("", "the decoder of the pictures", ("", "spade", "conv"))
@@ -66,7 +66,7 @@ class TrainConfig:
 
     rec_weight: float = option(0.5, "weight of the reconstruction loss")
     coarse_weight: float = option(1.0, "weight of the same of 4 x 4 means: it does not blur")
-    mouth_weight: float = option(8.0, "extra weight of the mouth's pixels in both; 0: patent")
+    mouth_pixels: float = option(8.0, "extra weight of the mouth's pixels in both; 0: patent")
     sync_weight: float = option(0.01, "weight of the sync loss")
     lip_weight: float = option(0.1, "weight of the lip-reading loss")
     perceptual_weight: float = option(0.01, "weight of the perceptual loss, a sum over scales")
@@ -102,8 +102,8 @@ POSITIVE = ("steps", "batch", "group", "lr", "clips")  # numbers whose names end
 TRAINING = {
     "full": {},
     "edge": dict(batch=4, lr=6e-4, sync_lr=2e-3, perceptual_weight=0.0),
-    "tiny": dict(batch=4, lr=1e-3, sync_lr=2e-3, perceptual_weight=0.0, sync_start=0.9, steps=1500,
-                 sync_steps=600, lip_steps=650, mouth_steps=600, sample_steps=300, eval_clips=8),
+    "tiny": dict(batch=4, lr=1e-3, sync_lr=2e-3, perceptual_weight=0.0, sync_start=0.9, steps=560,
+                 sync_steps=350, lip_steps=300, mouth_steps=500, sample_steps=280, eval_clips=8),
 }
 
 

@@ -1,12 +1,14 @@
 """S2, S3: training samples from prepared clips, for the generator, the mouth and both experts.
 
-    stage        | code                                     | patent
-    noise        | corrupt_sound                            | S3(1)
-    samples      | ClipDataset, MouthSamples                | S2(2), S2(3), Fig. 7: references
-    for experts  | SyncDataset, SentenceDataset             | S3(1), S3(2)
-    whole clips  | clip_points, clip_audio, predict_landmarks, lower_halves | -
+    stage         | code                                                     | patent
+    noise         | corrupt_sound                                            | S3
+    clips         | draw_chances, load_aligned, audio_input                  | S2(3)
+    the generator | ClipDataset, bend, pair_amplitude                        | S2(2), Fig. 7, S3
+    the mouth     | MouthSamples                                             | -
+    the experts   | SyncDataset, SentenceDataset                             | S3(1), S3(2)
+    whole clips   | clip_points, clip_audio, predict_landmarks, lower_halves | -
 
-Letters as in common.py. Pictures are uint8 RGB, points float32 (x, y, depth) pixels.
+Letters as in common.py. Pictures are uint8 RGB, landmarks float32 (x, y, depth) pixels.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -30,7 +33,7 @@ from lipreader import PAD, encode_text
 from lipsync import audio_window
 
 
-# ---- noise (S3): other rooms and microphones -----------------------------------------------------
+# ---------------------------------------------------------------- noise (S3)
 def add_noise(wave, decibels, rng, exponent=0.0):
     """float32 [N] -> [N], with noise `decibels` below the speech.
 
@@ -65,7 +68,7 @@ def corrupt_sound(wave, rng):
     return (gain * noisy).clip(-1, 1)
 
 
-# ---- datasets (S2, S3): training samples ---------------------------------------------------------
+# ---------------------------------------------------------------- clips and their sound
 def feature_path(clip_path, key, noisy=False):
     """Where a clip's features by a frozen audio encoder are kept: NAME.npz -> NAME.KEY.npy"""
     name = re.sub("[^A-Za-z0-9]+", "-", key) + ("-noisy" if noisy else "")
@@ -89,18 +92,25 @@ def at_time(series, late):
     return series[times.clip(0, len(series) - 1)]
 
 
-def load_in_sync(info, features_key, offsets):
+def move_mel(mel, late):
+    """[80, 4T] -> [80, 4T]: what comes `late` frames later"""
+    return at_time(mel.T, late * MEL_PER_FRAME).T
+
+
+def load_aligned(info, features_key, offsets):
     """-> Clip and its features [T, D] (None without a key). Features and mel, not the wave, are
     moved from the sound's time to the lips' by offsets {source: frames that the sound is late}."""
     late = offsets.get(info.source, 0)
     clip = data.load_clip(info.path)
-    mel = at_time(clip.mel.T, late * MEL_PER_FRAME).T
-    clip = dataclasses.replace(clip, mel=mel)
-    if not features_key:
-        return clip, None
-    path = feature_path(info.path, features_key)
+    clip = dataclasses.replace(clip, mel=move_mel(clip.mel, late))
+    return clip, load_features(info, features_key, late) if features_key else None
+
+
+def load_features(info, features_key, late, noisy=False):
+    """What a frozen encoder made of a clip's sound, or of its noisy copy -> [T, D]"""
+    path = feature_path(info.path, features_key, noisy)
     with data.naming(path):
-        return clip, at_time(np.load(path), late)
+        return at_time(np.load(path), late)
 
 
 def audio_input(config, frames, mel, features=None):
@@ -108,8 +118,7 @@ def audio_input(config, frames, mel, features=None):
 
     audio [S, F, D] where there are features [T, D]; else mel [80, 4 x 125] and window [S, F]"""
     T = mel.shape[1] // MEL_PER_FRAME
-    window = audio_window(frames, config.spacing, config.window)  # [S, F]
-    window = window.numpy().clip(0, T - 1)
+    window = audio_window(frames, config.spacing, config.window, T).numpy()  # [S, F]
     if features is not None:
         return dict(audio=features[window].astype(np.float32))
     whole = np.zeros((N_MELS, MEL_PER_FRAME * data.CLIP_FRAMES), np.float32)
@@ -122,6 +131,7 @@ def as_tensors(sample):
     return {name: torch.as_tensor(value) for name, value in sample.items()}
 
 
+# ---------------------------------------------------------------- for the generator (S2, S3)
 class ClipDataset(torch.utils.data.Dataset):
     """Training samples: S frames of a clip, its references, and the sound of each frame.
 
@@ -132,41 +142,41 @@ class ClipDataset(torch.utils.data.Dataset):
         points [S, R, 2, K, 2], lips (and jaw) [S, P, 2] float32 picture widths (see LipSync),
         audio [S, F, D] float32 selected features (frozen encoder), or mel [80, 4 x 125] and
         window [S, F] int64 (scratch),
-        sync [S, D] or [80, 4S] the sound of frames start .. start+S-1 for the sync expert, in_sync
+        sync_sound [S, D] or [80, 4S] that of frames start .. start+S-1 for the sync expert, in_sync
         bool: these are the frames shown; else sync and lip losses leave the sample out,
-        mouth [S, 4] int64 box (x0, y0, x1, y1) of the lips with a margin, px,
+        mouth_box [S, 4] int64 (x0, y0, x1, y1) of the lips with a margin, px,
         amplitude [S], gamma, brightness float32 (train.shade applies them), flip bool, clip int64,
         start int64.
     features_key: names the frozen encoder's files (feature_path); None: scratch, from the mel.
     offsets {source: frames}: by how much a video's own sound is late.
     Choice: sample i depends on (seed, i) only, so a resumed run sees what it would have seen. In
         a share of the samples frame t's sound is paired, within the clip, with the picture whose
-        mouth is a times as open as at t, and a is the amplitude. In the first `spread` samples the
+        mouth is a times as open as at t, and a is the amplitude. In the first `spread_until` the
         S frames lie anywhere in the clip: neighbours look alike, so these teach more, and the
         sync loss, which needs a row, comes later. Mirroring, gamma and brightness, and a smooth
         random bend and colour mix of all pictures alike make new people out of old.
     """
 
     def __init__(self, infos, config, group=5, seed=0, amplitude_share=0.3, random_refs=False,
-                 features_key=None, sync_audio=None, offsets=None, spread=0):
+                 features_key=None, sync_audio=None, offsets=None, spread_until=0):
         if not infos:
             raise BadInput("no clips to train on: is DIR right, and were clips kept?")
         self.infos, self.config, self.group, self.seed = list(infos), config, group, seed
         self.amplitude_share, self.random_refs = amplitude_share, random_refs
         self.features_key = features_key
         self.sync_audio = sync_audio or ("features" if features_key else "mel")
-        self.offsets, self.spread = offsets or {}, spread
+        self.offsets, self.spread_until = offsets or {}, spread_until
         self.chances = draw_chances(self.infos)
         self.broken = set()
 
-    def __len__(self):
+    def __len__(self):  # of clips; make_loader's sample numbers go on beyond
         return len(self.infos)
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, int(index)])
         number, clip, features = self.draw(rng)
         with data.naming(clip.path):
-            return self.sample(clip, features, number, rng, index < self.spread)
+            return self.sample(clip, features, number, rng, index < self.spread_until)
 
     def draw(self, rng):
         """-> number, Clip, features. A broken file is named once, and another takes its place."""
@@ -176,12 +186,17 @@ class ClipDataset(torch.utils.data.Dataset):
             if info.path in self.broken or info.frames < self.group + 12:
                 continue
             try:
-                return number, *load_in_sync(info, self.features_key, self.offsets)
+                with data.naming(info.path):
+                    return number, *self.load(info, rng)
             except BadInput as error:
                 self.broken.add(info.path)
                 tqdm.write(f"skipped from now on: {error}")
         raise BadInput(f"{self.infos[0].path.parent}: hardly a clip there can be read; "
                        "prepare the folder again")
+
+    def load(self, info, rng):
+        """-> Clip, features"""
+        return load_aligned(info, self.features_key, self.offsets)
 
     def sample(self, clip, features, number, rng, spread):
         start, heard, shown, amplitude = self.draw_frames(clip, rng, spread)
@@ -198,7 +213,7 @@ class ClipDataset(torch.utils.data.Dataset):
             pictures, points = pictures[:, :, ::-1], mirror(points)
         sample = self.show(pictures, points)
         sample |= audio_input(self.config, heard, clip.mel, features)
-        sample |= dict(sync=self.sync_sound(clip, features, start), amplitude=amplitude)
+        sample |= dict(sync_sound=self.sound_for_sync(clip, features, start), amplitude=amplitude)
         sample |= dict(in_sync=not spread and np.array_equal(shown, heard))
         sample |= dict(gamma=math.exp(rng.normal(0, 0.2)), brightness=rng.uniform(0.8, 1.2))
         return as_tensors(sample | dict(flip=flip, clip=number, start=start))
@@ -221,9 +236,9 @@ class ClipDataset(torch.utils.data.Dataset):
         placed = faces.place_points(points[:R], target)
         lips = target[:, faces.MOUTH, :2] / faces.CROP_PX
         return dict(refs=planes[:R], target=planes[R:], points=placed, lips=lips,
-                    mouth=mouth_boxes(target, size))
+                    mouth_box=mouth_boxes(target, size))
 
-    def sync_sound(self, clip, features, start):
+    def sound_for_sync(self, clip, features, start):
         """The sound of S frames as the sync expert hears it -> float32 [S, D] or [80, 4S]"""
         end = start + self.group
         piece = clip.mel[:, start * MEL_PER_FRAME:end * MEL_PER_FRAME]
@@ -305,6 +320,15 @@ def pair_amplitude(clip, heard, rng):
     return shown, amplitude.clip(0.3, 2).astype(np.float32)
 
 
+# ---------------------------------------------------------------- for the mouth
+class MouthClip(NamedTuple):
+    """What MouthSamples keeps of a clip of T frames."""
+    landmarks: np.ndarray  # [T, K, 3] crop px
+    mel: np.ndarray  # [80, 4T]
+    features: np.ndarray  # [T, D] of a frozen encoder, or None
+    loudness: np.ndarray  # [T]
+
+
 class MouthSamples:
     """What the mouth stage learns from: landmarks and features of all clips, in memory.
 
@@ -320,27 +344,36 @@ class MouthSamples:
     silence: the frozen encoder's features of 5 s of silence [125, D]; None: scratch.
     """
 
-    def __init__(self, infos, config, features_key, seed=0, offsets=None, silence=None,
-                 quiet_share=0.15, silent_share=0.1, amplitude_share=0.5):
+    def __init__(self, infos, config, features_key, seed=0, silence=None, quiet_share=0.15,
+                 silent_share=0.1, amplitude_share=0.5):
         self.config, self.seed, self.silence = config, seed, silence
         self.quiet_share, self.silent_share = quiet_share, silent_share
         self.amplitude_share = amplitude_share
         self.silent_mel = log_mel(np.zeros(data.CLIP_FRAMES * SAMPLES_PER_FRAME)).numpy()
-        self.infos, self.clips, offsets = [], [], offsets or {}
+        self.infos, self.clips = [], []
         for info in tqdm(infos, desc="landmarks", unit="clip", leave=False):
             if info.frames <= config.window + 1:
                 continue
             try:
-                clip, features = load_in_sync(info, features_key, offsets)
+                clip, features = load_aligned(info, features_key, {})
             except BadInput as error:
                 tqdm.write(f"skipped: {error}")
                 continue
-            loud = at_time(loudness(clip), offsets.get(info.source, 0))
             self.infos.append(info)
-            self.clips.append((clip.landmarks, clip.mel, features, loud))
+            self.clips.append(MouthClip(clip.landmarks, clip.mel, features, loudness(clip)))
         if not self.clips:
             raise BadInput("no clips to train on: is DIR right, and were clips kept?")
         self.chances = draw_chances(self.infos)
+
+    def move_sounds(self, offsets):
+        """Brings sounds to their lips: offsets {source: frames that the sound is late}"""
+        for number, (info, clip) in enumerate(zip(self.infos, self.clips)):
+            late, features = offsets.get(info.source, 0), clip.features
+            if features is not None:
+                features = at_time(features, late)
+            self.clips[number] = clip._replace(
+                mel=move_mel(clip.mel, late), features=features,
+                loudness=at_time(clip.loudness, late))
 
     def batch(self, step, clips=24, frames=10):
         rng = np.random.default_rng([self.seed, 7, step])
@@ -386,35 +419,7 @@ def loudness(clip):
     return data.rms(frames, axis=1)
 
 
-def lower_halves(clip, frames):
-    """Half-size lower halves, what the experts see: uint8 RGB [n, 3, 64, 128]"""
-    pictures = np.stack([clip.frame(i, half=True)[64:] for i in frames])
-    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
-
-
-def clip_points(clip, config):
-    """-> reference numbers [R], and what LipSync takes as points, float32 [T, R, 2, K, 2]"""
-    refs = faces.select_references(clip.landmarks, config.refs)
-    return refs, faces.place_points(clip.landmarks[refs], clip.landmarks)
-
-
-def clip_audio(net, clip, features):
-    """features [L, D] -> what each frame hears [T, F, D]"""
-    select = lipsync.AudioSelector(net.config)
-    return select(features[None])[0, :len(clip)]
-
-
-def predict_landmarks(net, clip, features, amplitude=1.0):
-    """A clip's landmarks with the lips and jaw that its sound asks for; features [L, D], on the
-    network's device -> [T, K, 3] crop px"""
-    _, points = clip_points(clip, net.config)
-    points = torch.from_numpy(points).to(features.device)
-    lips = net.predict_lips(clip_audio(net, clip, features), amplitude, points)
-    landmarks = clip.landmarks.copy()
-    landmarks[:, faces.MOUTH, :2] = lips.float().cpu().numpy() * faces.CROP_PX
-    return landmarks
-
-
+# ---------------------------------------------------------------- for the experts
 class SyncDataset(ClipDataset):
     """S frames, their sound, and sounds of the same clip that do not overlap it.
 
@@ -426,8 +431,17 @@ class SyncDataset(ClipDataset):
     """
     NEGATIVES = 4
 
-    def sample(self, clip, features, number, rng, spread):
-        S = self.group
+    def load(self, info, rng):
+        """-> Clip, its sound over time [T, D] or [4T, 80], half of them noisy"""
+        noisy, late = rng.random() < 0.5, self.offsets.get(info.source, 0)
+        clip = data.load_clip(info.path)
+        if self.sync_audio == "features":
+            return clip, load_features(info, self.features_key, late, noisy)
+        mel = log_mel(corrupt_sound(clip.sound(), rng)).numpy() if noisy else clip.mel
+        return clip, move_mel(mel, late).T
+
+    def sample(self, clip, series, number, rng, spread):
+        S, each = self.group, 1 if self.sync_audio == "features" else MEL_PER_FRAME
         starts = np.arange(len(clip) - S + 1)
         start = rng.choice(starts)
         apart = starts[np.abs(starts - start) >= S]
@@ -435,28 +449,12 @@ class SyncDataset(ClipDataset):
         pictures = lower_halves(clip, range(start, start + S))
         if rng.random() < 0.5:
             pictures = pictures[..., ::-1].copy()
-        late = self.offsets.get(self.infos[number].source, 0)
-        series, each = self.series(clip, features, late, rng)
         pieces = [series[i * each:(i + S) * each] for i in (start, *negatives)]
         sound = np.stack(pieces).astype(np.float32)  # [1+4, S, D]
         if self.sync_audio == "mel":
             sound = sound.swapaxes(1, 2)  # [1+4, 80, 4S]
         return as_tensors(
             dict(pictures=pictures, sound=sound[0], negatives=sound[1:], clip=number))
-
-    def series(self, clip, features, late, rng):
-        """-> the sound over time [T, D] or [4T, 80], and its rows a frame"""
-        noisy = rng.random() < 0.5
-        if self.sync_audio == "features":
-            if noisy:
-                path = feature_path(clip.path, self.features_key, noisy=True)
-                features = at_time(np.load(path), late)
-            return features, 1
-        mel = clip.mel.T
-        if noisy:
-            heard = log_mel(corrupt_sound(clip.sound(), rng))
-            mel = at_time(heard.numpy().T, late * MEL_PER_FRAME)
-        return mel, MEL_PER_FRAME
 
 
 class SentenceDataset(ClipDataset):
@@ -488,3 +486,35 @@ class SentenceDataset(ClipDataset):
         tokens = [torch.tensor(encode_text(text)) for text in texts]
         tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PAD)
         return dict(video=video, length=lengths, tokens=tokens, clip=torch.tensor(numbers))
+
+
+# ---------------------------------------------------------------- whole clips
+def lower_halves(clip, frames):
+    """Half-size lower halves, what the experts see: uint8 RGB [n, 3, 64, 128]"""
+    pictures = np.stack([clip.frame(i, half=True)[64:] for i in frames])
+    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
+
+
+def clip_points(landmarks, config):
+    """A clip's landmarks [T, K, 3] -> reference numbers [R], and what LipSync takes as points,
+    float32 [T, R, 2, K, 2]"""
+    refs = faces.select_references(landmarks, config.refs)
+    return refs, faces.place_points(landmarks[refs], landmarks)
+
+
+def clip_audio(config, features, T):
+    """features [L, D] of a clip of T frames -> what each frame hears [T, F, D]"""
+    select = lipsync.AudioSelector(config)
+    return select(features[None])[0, :T]
+
+
+def predict_landmarks(net, landmarks, features, amplitude=1.0):
+    """A clip's landmarks [T, K, 3] with the lips and jaw that its sound asks for; features [L, D],
+    on the network's device -> [T, K, 3] crop px"""
+    _, points = clip_points(landmarks, net.config)
+    points = torch.from_numpy(points).to(features.device)
+    audio = clip_audio(net.config, features, len(landmarks))
+    lips = net.predict_lips(audio, amplitude, points)
+    landmarks = landmarks.copy()
+    landmarks[:, faces.MOUTH, :2] = lips.float().cpu().numpy() * faces.CROP_PX
+    return landmarks

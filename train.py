@@ -10,8 +10,7 @@
 `python train.py --data DIR --preset edge` runs the stages that are not yet done and ends with the
 table. RUN/ holds config.json, log.csv, samples/, curves.png, offsets.json, eval.json, a strip of
 each held-out folder, the resumable sync.pt, lip.pt, mouth.pt, generator.pt, and weights.pt for
-infer.py. The flags are in options.py; what all stages share, preparing the folder too, is in
-loop.py. Letters as in common.py.
+infer.py. The flags are in options.py, what all stages share in loop.py. Letters as in common.py.
 """
 import dataclasses
 import datetime
@@ -62,7 +61,7 @@ def train_sync(run):
     batch_size = 4 * config.batch
     keeper = Keeper(run, "sync", parts, config.sync_steps, batch_size * experts.GROUP,
                     {"kind": "sync", "config": net.config}, run.clips)
-    offsets = read_offsets(run)  # of an earlier mouth stage, if any
+    offsets = read_offsets(run)  # of an earlier mouth stage; in a first run late sounds stay late
     dataset = sampling.SyncDataset(run.clips, run.net_config, experts.GROUP, config.seed,
                                    features_key=run.features_key, sync_audio=run.sync_audio,
                                    offsets=offsets)
@@ -133,25 +132,24 @@ def train_mouth(run):
     if run.features_key:
         wave = torch.zeros(1, data.CLIP_FRAMES * common.SAMPLES_PER_FRAME, device=run.device)
         silence = run.audio_encoder(wave)[0].cpu().numpy()  # [125, D]
+    samples = sampling.MouthSamples(run.clips, run.net_config, run.features_key, config.seed,
+                                    silence)
     if not config.keep_offsets and not (config.resume and path.is_file()):
-        samples = sampling.MouthSamples(run.clips, run.net_config, run.features_key, config.seed,
-                                        silence=silence)
         net, encoder, parts = build_mouth(run, config.mouth_steps // 3)
         for step in tqdm(range(config.mouth_steps // 3), desc="mouth, first try", unit="step",
                          disable=run.rank > 0):
             mouth_step(run, net, encoder, parts, samples.batch(step, config.mouth_batch))
-        offsets = find_offsets(run, net, encoder)
+        offsets = find_offsets(run, net, encoder, samples)
         if run.rank == 0:
             path.write_text(json.dumps(offsets, indent=1))
             counts = dict(Counter(offsets.values()))
             print(f"videos whose sound is moved to the lips, by frames: {counts}")
         wait_for_all(run.world)
-    samples = sampling.MouthSamples(run.clips, run.net_config, run.features_key, config.seed,
-                                    read_offsets(run), silence)
+    samples.move_sounds(read_offsets(run))
     net, encoder, parts = build_mouth(run, config.mouth_steps)
     keeper = Keeper(run, "mouth", parts, config.mouth_steps, 10 * config.mouth_batch,
                     {"kind": "mouth", "config": dataclasses.asdict(run.net_config)})
-    numbers = range(keeper.step, keeper.total)
+    numbers = range(keeper.step, keeper.planned)
     batches = (samples.batch(step * run.world + run.rank, config.mouth_batch) for step in numbers)
     for step, batch in keeper.steps(batches):
         loss, norm = mouth_step(run, net, encoder, parts, batch)
@@ -198,48 +196,49 @@ def batch_audio(batch, encoder):
 
 
 @torch.no_grad()
-def find_offsets(run, net, encoder):
+def find_offsets(run, net, encoder, samples):
     """By how many frames the sound of each source video is late -> {source: frames}.
 
     The shift at which the predicted opening correlates best with the true one, where that is
     clear. Videos from the web are often one to three frames off, which teaches a generator to
     mumble (LatentSync, 2024, shifts them, too)."""
     net.eval()
-    curves, offsets = {}, {}
-    for info in tqdm(run.clips, desc="offsets", unit="clip", disable=run.rank > 0):
-        clip = data.load_or_skip(info.path)
-        if clip is None or len(clip) < 40:
+    curves, offsets, places = {}, {}, range(2 * LATEST + 1)
+    pairs = zip(samples.infos, samples.clips)
+    for info, clip in tqdm(pairs, "offsets", len(samples.infos), disable=run.rank > 0):
+        if info.frames < 40:
             continue
-        lips = predict_clip(run, net, encoder, clip, info)
+        lips = predict_clip(run, net, encoder, clip)
         made, true = (faces.mouth_shape(points)[:, 0] for points in (lips, clip.landmarks))
         true = true[LATEST:-LATEST]
-        shifted = [made[start:start + len(true)] for start in range(2 * LATEST + 1)]
+        shifted = [made[start:start + len(true)] for start in places]
         with np.errstate(invalid="ignore"):  # a mouth that stands still: 0
             curve = np.nan_to_num(np.corrcoef([true, *shifted])[0, 1:])
         curves.setdefault(info.source, []).append(curve)
     for source, some in curves.items():
         curve = np.mean(some, 0)
-        late = int(curve.argmax()) - LATEST
-        clear = curve.max() > 0.45 and curve.max() - curve[LATEST] > 0.05
+        late, best, as_it_is = int(curve.argmax()) - LATEST, curve.max(), curve[LATEST]
+        clear = best > 0.45 and best - as_it_is > 0.05
         if clear and abs(late) < LATEST:
             offsets[source] = late
     return offsets
 
 
-def predict_clip(run, net, encoder, clip, info):
-    """A clip's landmarks with the lips and jaw that its sound asks for -> [T, K, 3] crop px"""
+def predict_clip(run, net, encoder, clip):
+    """A sampling.MouthClip's landmarks with the lips and jaw that its sound asks for
+    -> [T, K, 3] crop px"""
     if run.features_key:
-        sound = np.load(sampling.feature_path(info.path, run.features_key))
-        features = torch.from_numpy(sound).float().to(run.device)
+        features = torch.from_numpy(clip.features).float().to(run.device)
     else:
         features = encoder.encode_mel(torch.from_numpy(clip.mel[None]).float().to(run.device))[0]
-    return sampling.predict_landmarks(net, clip, features)
+    return sampling.predict_landmarks(net, clip.landmarks, features)
 
 
 # ---------------------------------------------------------------- the generator
 def train_generator(run):
-    """S3: the weighted sum of losses.py; experts frozen, what hears too but for --no-warp.
-    -> False if stopped early"""
+    """S3: the weighted sum of losses.py. -> False if stopped early
+
+    The experts are frozen. So are audio encoder, S2(4)a-f and LipHead, but for --no-warp."""
     from bench import progress  # to look at, not in the patent: a room of its own
     config = run.config
     prepare_features(run)
@@ -262,10 +261,10 @@ def train_generator(run):
     keeper = Keeper(run, "generator", parts, config.steps, config.batch * config.group, content,
                     run.clips)
     sync_audio = judges.sync.config["audio"] if judges.sync else run.sync_audio
-    spread = round(config.sync_start * config.steps) * config.batch * run.world
+    spread_until = round(config.sync_start * config.steps) * config.batch * run.world
     dataset = sampling.ClipDataset(run.clips, run.net_config, config.group, config.seed,
                                    config.amplitude_share, config.random_refs, run.features_key,
-                                   sync_audio, read_offsets(run), spread)
+                                   sync_audio, read_offsets(run), spread_until)
     forward = torch.compile(net) if config.compile else net
     micro = config.micro or config.batch
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):
@@ -424,21 +423,21 @@ def generator_terms(run, judges, output, target, batch, step):
     # S3(1): BCE(cos(sound, lips), 1)
     judged = judges.accuracy >= c.min_sync_accuracy
     if c.sync_weight and judged and experts_on and in_sync.any():
-        sound = judges.sync.embed_audio(batch["sync"][in_sync])
-        lips = judges.sync.embed_video(groups[in_sync])
-        terms["sync"] = c.sync_weight, losses.sync_loss(sound, lips)
+        sound = judges.sync.embed_audio(batch["sync_sound"][in_sync])
+        seen = judges.sync.embed_video(groups[in_sync])
+        terms["sync"] = c.sync_weight, losses.sync_loss(sound, seen)
     # S3(2): -log p(text | video)
     if c.lip_weight and judges.reader is not None and experts_on:
         loss = lip_term(run, judges.reader, groups, batch)
         if loss is not None:
             terms["lip"] = c.lip_weight, loss
     # S3(3): mean |output - target|, the mouth weighted; also of 4 x 4 means
-    mask = mouth_mask(batch["mouth"].flatten(0, 1), output.shape[2])
-    loss = losses.reconstruction_loss(output, target, c.mouth_weight, mask)
+    mask = mouth_mask(batch["mouth_box"].flatten(0, 1), output.shape[2])
+    loss = losses.reconstruction_loss(output, target, c.mouth_pixels, mask)
     terms["reconstruction"] = c.rec_weight, loss
     if c.coarse_weight:
         made, true, at = [fn.avg_pool2d(x.float(), 4) for x in (output, target, mask)]
-        loss = losses.reconstruction_loss(made, true, c.mouth_weight, at)
+        loss = losses.reconstruction_loss(made, true, c.mouth_pixels, at)
         terms["coarse"] = c.coarse_weight, loss
     # S3(4): mean |VGG(output) - VGG(target)|
     if judges.perceptual is not None:
@@ -469,7 +468,8 @@ def lip_term(run, reader, groups, batch):
     b = usable[0]
     clip, start = data.load_clip(infos[b].path), int(batch["start"][b])
     video = torch.from_numpy(sampling.lower_halves(clip, range(len(clip)))).to(groups) / 255
-    video = (video ** batch["gamma"][b] * batch["brightness"][b]).clamp(0, 1)  # [T, 3, h', w']
+    gamma, brightness = batch["gamma"][b], batch["brightness"][b]
+    video = (video ** gamma * brightness).clamp(0, 1)  # [T, 3, h', w']
     made = fn.interpolate(groups[b], size=video.shape[-2:], mode="area")
     made = made.flip(-1) if batch["flip"][b] else made
     video = torch.cat([video[:start], made, video[start + len(made):]])[None]
@@ -485,13 +485,14 @@ def weights_content(run, net, encoder, judges):
     recipe = dataclasses.asdict(run.config)
     for name in ("data", "out", "weights", "audio_encoder"):  # no path of this machine
         del recipe[name]
+    clips = f"{len(run.clips)} training clips, {len(run.held_out)} held out"
+    about = dict(recipe=recipe, notice=notice, date=time.strftime("%Y-%m-%d"), data=clips)
     return {"kind": "lipsync", "config": dataclasses.asdict(net.config),
             "model": net.state_dict(),
             "audio_encoder": {"dims": encoder.dims, "state": encoder.state_dict()},
             "sync": experts.pack_expert(judges.sync),
             "lip": experts.pack_expert(judges.reader),
-            "about": {"recipe": recipe, "notice": notice, "date": time.strftime("%Y-%m-%d"),
-                      "data": f"{len(run.clips)} training clips, {len(run.held_out)} held out"}}
+            "about": about}
 
 
 def halved(content):

@@ -42,7 +42,7 @@ class Shot:
 class Person:
     """Who is seen in some shots, and the references that all of them share."""
     look: np.ndarray  # float32 [16, 16, 3], the small upper face
-    frames: list = field(default_factory=list)  # whose lower face is wholly in the picture
+    frames: list = field(default_factory=list)  # numbers: the lower face is wholly in the picture
     refs: np.ndarray = None  # uint8 [R, 256, 256, 3], the most closed mouth first
     points: np.ndarray = None  # float32 [R, K, 3] crop px
 
@@ -54,12 +54,16 @@ class Track:
     affines: np.ndarray  # float32 [T, 2, 3], frame px -> crop px
     dubbed: np.ndarray  # bool [T], this frame's mouth is drawn anew
     shots: np.ndarray  # int [T], number of the shot
-    people: list  # of each shot its Person, or None where nobody is dubbed
+    person_of: list  # of each shot its Person, or None where nobody is dubbed
     reasons: list  # [T] why a frame is kept as it was, or ""
 
-    def persons(self):
+    def person_at(self, t):
+        """Who is dubbed in frame t, or None"""
+        return self.person_of[self.shots[t]]
+
+    def people(self):
         """Everybody who is dubbed, once"""
-        return [person for person in dict.fromkeys(self.people) if person]
+        return [person for person in dict.fromkeys(self.person_of) if person]
 
     def steady_points(self, t):
         """The points of frame t, averaged over its neighbours in the shot -> float32 [K, 3]"""
@@ -87,11 +91,11 @@ def watch(video, limit, face, refs, progress):
         raise BadInput(f"{video}: no face in any of its {T} frames, or never the whole of its "
                        "lower half")
     chosen = []  # of each person [R] frame numbers
-    for person in track.persons():
+    for person in track.people():
         some = np.array(person.frames)
         chosen.append(some[faces.select_references(track.points[some], refs)])
     pictures = media.frames_at(video, np.concatenate(chosen).tolist())
-    for person, numbers in zip(track.persons(), chosen):
+    for person, numbers in zip(track.people(), chosen):
         person.refs = np.stack([faces.crop(pictures[t], track.affines[t]) for t in numbers])
         person.points = track.points[numbers]
     return track
@@ -99,20 +103,20 @@ def watch(video, limit, face, refs, progress):
 
 def watch_shots(video, limit, face, progress):
     """Yields the Shots of the first `limit` frames."""
-    tracks, looks, lying = [], [], []
+    seen, looks, lying = [], [], []
     with (faces.FaceTracker() as even, faces.FaceTracker() as odd,  # two frames at a time
           contextlib.closing(media.ahead(media.read_frames(video))) as source):
         frames = tqdm(itertools.islice(source, limit), "watch", unit=" frames",
                       disable=None if progress else True)
         for frame, found, lies, cut in faces.track_shots(frames, [even, odd]):
             if cut:
-                yield finish_shot(tracks, looks, lying, face, frame.shape)
-                tracks, looks, lying = [], [], []
-            if len(tracks) % FPS == 0 or not looks:
-                looks += [(len(tracks), points, small_face(frame, points)) for points in found]
-            tracks.append(found)
+                yield finish_shot(seen, looks, lying, face, frame.shape)
+                seen, looks, lying = [], [], []
+            if len(seen) % FPS == 0 or not looks:
+                looks += [(len(seen), points, small_face(frame, points)) for points in found]
+            seen.append(found)
             lying.append(lies)
-    yield finish_shot(tracks, looks, lying, face, frame.shape)
+    yield finish_shot(seen, looks, lying, face, frame.shape)
 
 
 def small_face(frame, points):
@@ -122,28 +126,28 @@ def small_face(frame, points):
     return cv2.resize(upper, (LOOK_PX, LOOK_PX), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
-def finish_shot(tracks, looks, lying, face, shape):
+def finish_shot(seen, looks, lying, face, shape):
     """Per frame its faces, and some (t, points, small face) -> Shot of the largest face whose lower
     half is inside the picture; with `face` of the one of that number."""
-    people = faces.group_people(tracks)
+    trails = faces.find_trails(seen)
     if face is None:
-        fit = [person for person in people if np.mean(inside(person, shape)) > 0.5]
-        person = max(fit or people, key=faces.person_size, default=[])
+        fit = [trail for trail in trails if np.mean(inside(trail, shape)) > 0.5]
+        trail = max(fit or trails, key=faces.trail_size, default=[])
     else:
-        person = (people[face:face + 1] or [[]])[0]
-    points = faces.spread_out(person, len(tracks))
-    whole = np.zeros(len(tracks), bool)
-    if person:
-        whole[[t for t, _ in person]] = inside(person, shape)
+        trail = trails[face] if face < len(trails) else []
+    points = faces.spread_out(trail, len(seen))
+    whole = np.zeros(len(seen), bool)
+    if trail:
+        whole[[t for t, _ in trail]] = inside(trail, shape)
     pictures = [picture for t, there, picture in looks if np.array_equal(there, points[t])]
     look = np.median(pictures, 0) if pictures else None
-    return Shot(points, whole, lying, look, len(people))
+    return Shot(points, whole, lying, look, len(trails))
 
 
-def inside(person, shape):
-    """person: list of (t, points [K, 3]) -> bool [n]: are the lips in the picture, and the jaw but
-    for a little of it?"""
-    place = np.stack([points[faces.MOUTH, :2] for _, points in person])
+def inside(trail, shape):
+    """-> bool [n], of each place of a trail: are the lips in the picture, and the jaw but for a
+    little of it?"""
+    place = np.stack([points[faces.MOUTH, :2] for _, points in trail])
     place = place / np.float32([shape[1], shape[0]])  # 0..1
     room = np.full((len(faces.MOUTH), 1), 0.1)  # jaw
     room[:LIP_POINTS] = 0.0

@@ -1,7 +1,6 @@
 """Drawn speakers whose mouth, text and sound are known exactly: demo corpus, tests, figures.
 
-    who       | Speaker
-    what      | SOUNDS, syllable_timeline, synthesize
+    who       | Speaker; what they say and how it sounds is voice.py
     the head  | Portrait: what does not move, drawn once per speaker
     the frame | render: the jaw, draw_eyes, draw_mouth, the head's turn, the room behind
     clips     | draw_clip, draw_demo
@@ -20,9 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 import media
-from common import FPS, SAMPLE_RATE
+from bench import voice
+from common import FPS
 
-# ---- who speaks ---------------------------------------------------------------------------------
+# ---------------------------------------------------------------- who speaks
 # Lengths are in half face widths ("units"): u to the right, v down, (0, 0) on the nose bridge.
 TRAITS = {  # and their ranges; the first seven: place in the palette of that name
     "skin": (0, 1), "hair": (0, 1), "iris": (0, 1), "lips": (0, 1), "teeth": (0, 1),
@@ -52,96 +52,7 @@ class Speaker(namedtuple("Speaker", TRAITS)):
         return cls(*traits.tolist())
 
 
-# ---- what is said -------------------------------------------------------------------------------
-# One consonant per lip shape (b and p would look like m): the lips tell all syllables apart.
-# Mouth: opening and width as fractions of the closed mouth's width; rounding 0..1; teeth -1 (upper
-# ones on the lower lip) .. 1 (clenched). Sound: formants in Hz; loudness of voice, hiss and breath.
-CONTROL_HZ = 1000  # the timeline's own rate
-STRESSED = [0, 7, 8, 9]  # columns of SOUNDS that grow with the stress: the opening and the loudness
-SOUNDS = {
-    #     open  width round teeth   F1    F2    F3  voice hiss breath
-    "a": (0.40, 1.00, 0.0, 0.0,    800, 1250, 2600, 1.00, 0.0, 0.0),
-    "i": (0.17, 1.20, 0.0, 0.3,    290, 2250, 3000, 0.80, 0.0, 0.0),
-    "o": (0.28, 0.74, 0.7, 0.0,    480,  850, 2500, 0.90, 0.0, 0.0),
-    "u": (0.12, 0.55, 1.0, 0.0,    310,  650, 2300, 0.80, 0.0, 0.0),
-    "m": (-0.2, 1.00, 0.0, 0.0,    250, 1050, 2200, 0.35, 0.0, 0.0),  # below 0: pressed shut
-    "f": (0.05, 1.03, 0.0, -1.,    400, 1200, 2400, 0.00, 0.0, 1.0),
-    "s": (0.13, 1.14, 0.0, 1.0,    350, 1700, 2600, 0.00, 1.0, 0.0),
-    " ": (-0.04, 1.0, 0.0, 0.0,    450, 1300, 2500, 0.00, 0.0, 0.0),
-}
-
-
-def syllable_timeline(rng, seconds, articulation=1.0):
-    """-> [(syllable, start s, end s)], mouth float64 [T, 4] per frame, controls float64
-    [1000 * seconds, 10]; their columns are those of SOUNDS"""
-    controls = np.tile(SOUNDS[" "], (round(seconds * CONTROL_HZ), 1))
-    syllables, now = [], rng.uniform(0.15, 0.5)
-    while now + 0.4 < seconds:
-        consonant, vowel = rng.choice(list("mfs")), rng.choice(list("aiou"))
-        middle = now + rng.uniform(0.09, 0.11)
-        end = now + rng.uniform(0.25, 0.31)
-        stress = rng.uniform(0.8, 1.15)
-        for sound, first, last in (consonant, now, middle), (vowel, middle, end):
-            part = controls[round(first * CONTROL_HZ):round(last * CONTROL_HZ)]
-            part[:] = SOUNDS[sound]
-            part[:, STRESSED] *= stress
-        syllables.append((consonant + vowel, now, end))
-        now = end + rng.choice([0, 0.5], p=[0.88, 0.12])
-    for part, sigma_ms in (controls[:, :7], 28), (controls[:, 7:], 10):  # coarticulation
-        part[:] = cv2.GaussianBlur(
-            part, (1, 0), 0.1, sigmaY=sigma_ms, borderType=cv2.BORDER_REPLICATE)
-    controls[:, 0] = articulation * np.maximum(controls[:, 0], 0)
-    ticks = CONTROL_HZ // FPS
-    mouth = controls[ticks // 2::ticks, :4]  # a frame shows the middle of its time
-    return syllables, mouth, controls
-
-
-def synthesize(speaker, controls, rng):
-    """Formant synthesis: harmonics of the pitch under three resonances, noise for s and f.
-    controls [1000 * seconds, 10] -> float32 [N] at 16 kHz"""
-    count = len(controls) * SAMPLE_RATE // CONTROL_HZ
-    times = np.arange(count) / SAMPLE_RATE
-    ticks = (np.arange(len(controls)) + 0.5) / CONTROL_HZ
-    f1, f2, f3, voice, hiss, breath = (np.interp(times, ticks, row) for row in controls.T[4:])
-    resonances = (f1, 70, 1), (f2, 90, 0.6), (f3, 140, 0.3)  # Hz, half bandwidth in Hz, level
-    sound = 0.22 * voice * voiced(speaker, resonances, times, rng)
-    sound += 0.10 * hiss * noise(rng, count, 4200)
-    sound += 0.04 * breath * noise(rng, count, 900)
-    sound = 0.7 * np.tanh(sound)
-    sound += 1e-4 * rng.standard_normal(count)
-    return sound.astype(np.float32)
-
-
-def voiced(speaker, resonances, times, rng):
-    """A sum of sines at multiples of the pitch, each as loud as the throat lets it."""
-    melody, tremor = 0.15 * drift(rng, times, 1.5), 0.01 * drift(rng, times, 12)
-    pitch = speaker.pitch * (1 + melody + tremor)
-    phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
-    tone = np.zeros(len(times))
-    for k in range(1, int(4000 / speaker.pitch)):
-        gain = np.full(len(times), 0.01)
-        for formant, half_bandwidth, level in resonances:
-            away = (k * pitch - formant * speaker.tract) / half_bandwidth
-            gain += level / (1 + away ** 2)
-        tone += k ** -0.4 * gain * np.sin(k * phase)
-    return tone
-
-
-def noise(rng, count, low_hz):
-    """Noise from low_hz up to 7300 Hz."""
-    spectrum = np.fft.rfft(rng.standard_normal(count))
-    spectrum *= between(np.fft.rfftfreq(count, 1 / SAMPLE_RATE), low_hz, 7300, 800)
-    return np.fft.irfft(spectrum, count)
-
-
-def drift(rng, times, hz):
-    """A smooth random curve within -1..1 that swings at most `hz` times a second."""
-    rates, phases = rng.uniform(2 * hz, 6 * hz, 5), rng.uniform(0, 6.28, 5)  # rad a second, rad
-    waves = np.sin(np.outer(times, rates) + phases)
-    return np.tanh(waves.sum(1) / 2)
-
-
-# ---- brushes ------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- brushes
 PALETTES = {
     "skin": [(84, 54, 42), (141, 94, 68), (198, 146, 112), (226, 178, 148), (243, 208, 186)],
     "hair": [(22, 18, 18), (92, 58, 36), (150, 74, 36), (196, 152, 88), (165, 162, 160)],
@@ -163,12 +74,14 @@ def palette(name, place):
 def paint(canvas, colour, alpha, light=1.0):
     """Lays a colour [3] or [H, W, 3] under light [H, W] over the canvas, in place. alpha 0..1"""
     alpha, light = (np.asarray(field, np.float32)[..., None] for field in (alpha, light))
-    canvas += alpha * (light * np.asarray(colour, np.float32) - canvas)
+    lit = light * np.asarray(colour, np.float32)
+    canvas += alpha * (lit - canvas)
 
 
 def below(x, high, soft):
     """1 where x < high, else 0, with an edge `soft` wide: no supersampling needed."""
-    return np.clip((high - x) / soft + 0.5, 0, 1)
+    inside = (high - x) / soft
+    return np.clip(inside + 0.5, 0, 1)
 
 
 def between(x, low, high, soft):
@@ -181,16 +94,20 @@ def bell(x, wide):
 
 def ramp(x, low, high):
     """0 at low, 1 at high and beyond, smooth in between."""
-    t = np.clip((x - low) / (high - low), 0, 1)
+    way = (x - low) / (high - low)
+    t = np.clip(way, 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def shade(depth, side):
     """Lambert's law for light from above and `side` (-1 left .. 1 right), some shine. -> [H, W]"""
     dv, du = np.gradient(depth, np.float32(1 / UNIT))
-    facing = np.maximum(0.9 + 0.45 * dv - side * du, 0)
-    facing /= np.hypot(1, side) * np.hypot(1, np.hypot(du, dv))
-    return 0.42 + 0.68 * facing + 0.1 * facing ** 24
+    steepness = np.hypot(1, np.hypot(du, dv))
+    facing = 0.9 + 0.45 * dv - side * du
+    facing = np.maximum(facing, 0)
+    facing /= np.hypot(1, side) * steepness
+    shine = 0.1 * facing ** 24
+    return 0.42 + 0.68 * facing + shine
 
 
 def to_bytes(picture):
@@ -199,10 +116,11 @@ def to_bytes(picture):
 
 def spot(portrait, w, v, wide, tall):
     """A soft spot around (w, v), on both halves of the face. -> 0..1"""
-    return bell(portrait.w - w, wide) * bell(portrait.v - v, tall)
+    across, along = bell(portrait.w - w, wide), bell(portrait.v - v, tall)
+    return across * along
 
 
-# ---- the head: what does not move ---------------------------------------------------------------
+# ---------------------------------------------------------------- the head
 CANVAS = 630, 500                      # px, height and width of the head's canvas
 UNIT, U0, V0 = 150, 250, 310           # px of one unit; x and y px of (u, v) = (0, 0)
 EYES_V, EYES = -0.12, np.s_[254:316, 142:358]    # where they lie; the part of the canvas, px
@@ -220,15 +138,18 @@ class Portrait:
         self.y, self.x = np.mgrid[:CANVAS[0], :CANVAS[1]].astype(np.float32)
         self.u, self.v = (self.x - U0) / UNIT, (self.y - V0) / UNIT
         self.w = np.abs(self.u)  # both halves of the face are alike
-        narrowing = s.taper * np.clip(self.v + 0.1, 0, 1.7) ** 2
+        low = np.clip(self.v + 0.1, 0, 1.7)
+        narrowing = s.taper * low ** 2
         half_height = np.where(self.v < 0, np.float32(1.42), np.float32(s.chin_v))
-        sideways, upright = self.w / (1 - narrowing), np.abs(self.v) / half_height
+        sideways = self.w / (1 - narrowing)
+        upright = np.abs(self.v) / half_height
         self.reach = sideways ** 2.3 + upright ** 2.3  # 0 amid the face, 1 on its outline
         self.grain, strands = rng.standard_normal((2, *CANVAS), np.float32)
         strands = cv2.GaussianBlur(strands, (0, 0), sigmaX=1, sigmaY=30 - 27 * s.curl)
         self.strands = strands / strands.std()  # of hair
         hinge_v = MOUTH_V - 0.5 * ramp(self.w, 0.2, 0.7)  # in the cheeks from higher up
-        self.jaw = ramp(self.v - hinge_v, 0, 0.45) * ramp(self.w, 1, 0.82)  # 1: goes all its way
+        self.jaw = ramp(self.v - hinge_v, 0, 0.45)  # 1: goes all its way
+        self.jaw *= ramp(self.w, 1, 0.82)
         self.depth = face_depth(self)
         self.head = draw_head(self)
         self.room = draw_room(s)
@@ -258,7 +179,8 @@ def draw_head(p):
     paint(head, shadow, 0.4 * spot(p, s.eye_gap, EYES_V, 0.26, 0.13))         # eye sockets
     paint(head, shadow, 0.5 * spot(p, 0, s.nose_v + 0.13, s.nose, 0.035))     # under the nose
     paint(head, 0, 0.7 * spot(p, 0.06, s.nose_v + 0.1, 0.3 * s.nose, 0.03))   # nostrils
-    beard = ramp(p.reach, 0.35, 0.6) * ramp(p.v, 0.2, 0.6) * below(-p.grain, 0.5, 2)
+    beard = ramp(p.reach, 0.35, 0.6) * ramp(p.v, 0.2, 0.6)
+    beard *= below(-p.grain, 0.5, 2)
     paint(head, hair_colour, max(s.beard, 0) * beard)
     paint(head, hair_colour, spot(p, s.eye_gap, EYES_V - 0.28, 0.25, 0.05))   # brows
     paint(head, 0, 0.35 * cv2.GaussianBlur(hair, (0, 0), 9))                  # the hair's shadow
@@ -266,7 +188,8 @@ def draw_head(p):
     hair_light = 0.7 + 0.15 * p.strands - 0.3 * s.light * p.u
     paint(head, hair_colour, hair, hair_light)
     face = below(p.reach, 1, 0.03)
-    ears = below(np.hypot(p.w - 0.99, 0.5 * p.v - 0.05), 0.13, 0.013)
+    from_ear = np.hypot(p.w - 0.99, 0.5 * p.v - 0.05)
+    ears = below(from_ear, 0.13, 0.013)
     alpha = np.maximum.reduce([face, ears, hair])
     return to_bytes(np.dstack([head, 255 * alpha]))
 
@@ -275,11 +198,13 @@ def hair_shape(p):
     """A larger, ragged skull without the opening for the face. -> 0..1 [630, 500]"""
     s, ragged_v = p.speaker, p.v + 0.02 * p.strands
     high = np.minimum(ragged_v, 0) / (1.46 + s.volume)
-    skull = below(np.hypot(p.w / (1.03 + s.volume), high), 1, 0.03)
+    wide = p.w / (1.03 + s.volume)
+    skull = below(np.hypot(wide, high), 1, 0.03)
     skull *= below(ragged_v, max(s.length_v, -0.1), 0.08)
     face = below(-ragged_v, 0.8, 0.04) * below(p.w, 0.92, 0.05)
     face *= np.maximum(ramp(p.reach, 1, 0.9), ramp(p.v, 0.3, 0.6))
-    return skull * (1 - face) * (s.volume > 0)
+    hair = skull * (1 - face)
+    return hair if s.volume > 0 else 0 * hair
 
 
 def draw_room(s):
@@ -291,12 +216,13 @@ def draw_room(s):
     paint(room, palette("wall", s.wall), 1, side_light - 0.05 * v)
     neck = below(np.abs(u), 0.58, 0.02) * below(0.5, v, 0.1)
     paint(room, palette("skin", s.skin), neck, 0.5 * bell(u, 1))
-    collar_v = 1.55 + 0.2 * u ** 2 + 0.3 * bell(u, 0.5)
+    collar_v = 1.55 + 0.2 * u ** 2
+    collar_v += 0.3 * bell(u, 0.5)
     paint(room, palette("cloth", s.cloth), below(collar_v, v, 0.02), side_light)
     return to_bytes(room)
 
 
-# ---- the frame ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the frame
 
 
 def draw_eyes(head, portrait, blink):
@@ -304,16 +230,22 @@ def draw_eyes(head, portrait, blink):
     eyes = head[EYES][..., :3].astype(np.float32)
     u, y = portrait.u[EYES], portrait.v[EYES] - EYES_V
     x = u - s.eye_gap * np.sign(u)  # from the middle of the nearer eye
-    almond = 0.1 * np.maximum(1 - (x / 0.2) ** 2, 0)
-    lower_lid, upper_lid = 0.5 * almond, (1.5 * blink - 1) * almond
+    round_eye = 1 - (x / 0.2) ** 2
+    almond = 0.1 * np.maximum(round_eye, 0)
+    lower_lid = 0.5 * almond
+    upper_lid = (1.5 * blink - 1) * almond
     within = below(np.abs(x), 0.2, 0.02)
     ball = within * between(y, upper_lid, lower_lid, 0.012)
-    from_pupil, from_glint = np.hypot(x, y + 0.02), np.hypot(x + 0.03, y + 0.055)
-    paint(eyes, (214, 207, 201), ball, 1 - 0.4 * bell(y - upper_lid, 0.04))
-    paint(eyes, palette("iris", s.iris), ball * below(from_pupil, 0.09, 0.014))
+    from_pupil = np.hypot(x, y + 0.02)
+    from_glint = np.hypot(x + 0.03, y + 0.055)
+    lid_shadow = 0.4 * bell(y - upper_lid, 0.04)
+    iris = below(from_pupil, 0.09, 0.014)
+    paint(eyes, (214, 207, 201), ball, 1 - lid_shadow)
+    paint(eyes, palette("iris", s.iris), ball * iris)
     paint(eyes, 5, ball * below(from_pupil, 0.042, 0.014))
     paint(eyes, 255, ball * below(from_glint, 0.017, 0.012))
-    paint(eyes, 20, within * bell(y - upper_lid, 0.016))  # lashes
+    lashes = bell(y - upper_lid, 0.016)
+    paint(eyes, 20, within * lashes)
     head[EYES][..., :3] = to_bytes(eyes)
 
 
@@ -351,9 +283,11 @@ def draw_mouth(head, portrait, mouth):
 
 
 def draw_lips(picture, s, lips, y):
-    red = 0.4 * palette("skin", s.skin) + 0.6 * palette("lips", s.lips)
+    skin, paint_red = palette("skin", s.skin), palette("lips", s.lips)
+    red = 0.4 * skin + 0.6 * paint_red
     light = 1 + 0.25 * s.light * lips.t
-    across = (y - lips.inner_low) / (lips.outer_low - lips.inner_low + 1e-3)  # 0..1, the lower lip
+    thick = lips.outer_low - lips.inner_low + 1e-3
+    across = (y - lips.inner_low) / thick  # 0..1, the lower lip
     shine = 0.4 * bell(across - 0.4, 0.3)
     paint(picture, red, lips.area(y, lips.outer_top, lips.inner_top), 0.65 * light)
     paint(picture, red, lips.area(y, lips.inner_low, lips.outer_low), (0.7 + shine) * light)
@@ -364,10 +298,13 @@ def draw_inside(s, mouth, lips, x, y):
     """The dark of the mouth, the tongue and both rows of teeth. -> float32 RGB [H, W, 3]"""
     clenched = max(mouth[3], 0)
     inside = np.full((*y.shape, 3), (18, 6, 6), np.float32)
-    tongue_top = lips.inner_low - 0.25 * lips.gap * (1 - lips.t ** 2)
-    tongue = below(tongue_top, y, 0.03) * (1 - 0.7 * clenched)
+    hump = 1 - lips.t ** 2
+    tongue_top = lips.inner_low - 0.25 * lips.gap * hump
+    tongue = below(tongue_top, y, 0.03)
+    tongue *= 1 - 0.7 * clenched
     paint(inside, (90, 32, 32), tongue, 1 - 0.25 * bell(x, 0.02))
-    lower_edge = s.tooth_v + (0.8 * lips.gap - 0.01) * (1 - clenched)
+    apart = (0.8 * lips.gap - 0.01) * (1 - clenched)
+    lower_edge = s.tooth_v + apart
     draw_teeth(inside, s, x, s.tooth_v - y, 1)       # the upper row stays with the skull,
     draw_teeth(inside, s, x, y - lower_edge, 0.85)   # the lower goes with the jaw
     lip_shadow = 0.45 * bell(y - lips.inner_top, 0.03)
@@ -378,9 +315,10 @@ def draw_teeth(inside, s, x, up, size):
     """A row of teeth; up: how far a pixel lies from the biting edge towards the gum, units."""
     number = np.abs(x) / (s.tooth * size)
     across = 2 * (number % 1) - 1  # -1..1 within each tooth
-    edge = 0.016 * across ** 4 + 0.1 * x ** 2
+    bend, scallop = 0.1 * x ** 2, 0.016 * across ** 4
+    teeth = below(scallop + bend, up, 0.012)
     gaps = 0.6 * across ** 8
-    paint(inside, palette("teeth", s.teeth), below(edge, up, 0.012), size * (1 - gaps))
+    paint(inside, palette("teeth", s.teeth), teeth, size * (1 - gaps))
 
 
 def render(portrait, mouth, pose=(0, 0, 0, 1, 0, 0), blink=0.0):
@@ -395,10 +333,13 @@ def render(portrait, mouth, pose=(0, 0, 0, 1, 0, 0), blink=0.0):
     draw_eyes(head, portrait, blink)
     draw_mouth(head, portrait, mouth)
     near = UNIT * portrait.depth  # px: what is nearer to us moves further
-    head = cv2.remap(head, portrait.x - yaw * near, portrait.y - pitch * near, cv2.INTER_LINEAR)
+    x, y = portrait.x - yaw * near, portrait.y - pitch * near
+    head = cv2.remap(head, x, y, cv2.INTER_LINEAR)
     left = 370 + int(x_px)  # the head's share of the picture: 540 px from here
-    affine = cv2.getRotationMatrix2D((U0, V0), np.degrees(roll), scale * s.size / UNIT)
-    affine[:, 2] += 640 + x_px - left - U0, 320 + y_px - V0
+    zoom = scale * s.size / UNIT
+    affine = cv2.getRotationMatrix2D((U0, V0), np.degrees(roll), zoom)
+    middle_x, middle_y = 640 + x_px - left, 320 + y_px  # of the nose bridge
+    affine[:, 2] += middle_x - U0, middle_y - V0
     head = cv2.warpAffine(head, affine, (540, 720))
     alpha = cv2.extractChannel(head, 3) / np.float32(255)
     colours = cv2.cvtColor(head, cv2.COLOR_RGBA2RGB)
@@ -408,7 +349,7 @@ def render(portrait, mouth, pose=(0, 0, 0, 1, 0, 0), blink=0.0):
     return frame
 
 
-# ---- clips --------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- clips
 SWING = (25, 0.5), (12, 0.5), (0.05, 0.5), (0.03, 0.3), (0.18, 0.4), (0.06, 0.4)  # of a pose; Hz
 
 
@@ -418,20 +359,22 @@ def draw_clip(path, speaker, seed, seconds=5.0):
     Equal arguments give equal clips. Raises BadInput if the folder cannot be written."""
     path, rng = Path(path), np.random.default_rng(seed)
     effort = speaker.articulation * rng.uniform(0.9, 1.1)
-    syllables, mouth, controls = syllable_timeline(rng, seconds, effort)
-    sound = synthesize(speaker, controls, rng)
+    syllables, mouth, controls = voice.syllable_timeline(rng, seconds, effort)
+    sound = voice.synthesize(speaker, controls, rng)
     times = np.arange(len(mouth)) / FPS
-    swings = [size * drift(rng, times, hz) for size, hz in SWING]
+    swings = [size * voice.drift(rng, times, hz) for size, hz in SWING]
     pose = np.stack(swings, 1) + (0, 0, 0, 1, 0, 0)  # [T, 6]
-    shut = np.cumsum(rng.uniform(1, 4, len(mouth) // FPS + 2))  # s: a blink each 1 to 4 s
+    pauses = rng.uniform(1, 4, len(mouth) // FPS + 2)
+    shut = np.cumsum(pauses)  # s: a blink each 1 to 4 s
     blink = bell(np.subtract.outer(times, shut), 0.06).max(1)
     portrait = portrait_of(speaker)
     with media.VideoWriter(path, sound) as video:
         for shape, *moment in zip(mouth, pose, blink):
             video.write(render(portrait, shape, *moment))
     words = [syllable for syllable, _, _ in syllables]
-    path.with_suffix(".txt").write_text(" ".join(words) + "\n")
-    rows = np.column_stack([np.arange(len(mouth)), mouth[:, :3]])
+    text = " ".join(words)
+    path.with_suffix(".txt").write_text(text + "\n")
+    rows = np.column_stack([range(len(mouth)), mouth[:, :3]])
     np.savetxt(path.with_suffix(".csv"), rows, "%d,%.5f,%.5f,%.5f", comments="",
                header="frame,opening,width,rounding")
 

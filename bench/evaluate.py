@@ -48,8 +48,8 @@ def clip_frames(clip):
 
 def redraw_clip(net, clip, features, amplitude=1.0):
     """A clip redrawn from its own upper halves and `features` [L, D] -> uint8 [T, 256, 256, 3]"""
-    refs, points = sampling.clip_points(clip, net.config)
-    audio, crops = sampling.clip_audio(net, clip, features), clip_frames(clip)
+    refs, points = sampling.clip_points(clip.landmarks, net.config)
+    audio, crops = sampling.clip_audio(net.config, features, len(clip)), clip_frames(clip)
     made = []
     for start in range(0, len(clip), BATCH):
         now = slice(start, start + BATCH)
@@ -61,7 +61,7 @@ def redraw_clip(net, clip, features, amplitude=1.0):
 @torch.inference_mode()
 def predict_shapes(net, clip, features, amplitude=1.0):
     """What the sound alone asks for -> landmarks [T, K, 3] crop px, their mouth_shape [T, 3]"""
-    landmarks = sampling.predict_landmarks(net, clip, features, amplitude)
+    landmarks = sampling.predict_landmarks(net, clip.landmarks, features, amplitude)
     return landmarks, faces.mouth_shape(landmarks)
 
 
@@ -69,9 +69,9 @@ def predict_shapes(net, clip, features, amplitude=1.0):
 def warp_reference(net, clip, features, at):
     """The last reference as the network sees it at frames `at` [n], with each frame's head pose
     and predicted lips -> uint8 [n, 256, 256, 3]"""
-    refs, points = sampling.clip_points(clip, net.config)
+    refs, points = sampling.clip_points(clip.landmarks, net.config)
     points = torch.from_numpy(points[at])  # [n, R, 2, K, 2]
-    audio = sampling.clip_audio(net, clip, features)[at]
+    audio = sampling.clip_audio(net.config, features, len(clip))[at]
     lips = net.predict_lips(audio, 1.0, points)
     crop = torch.from_numpy(clip.frame(refs[-1]).copy())
     picture = crop.permute(2, 0, 1).float() / 255  # [3, 256, 256]
@@ -92,7 +92,7 @@ def save_strip(png, net, clip, features, made):
     """
     at = np.linspace(0, len(clip) - 1, MOMENTS).round().astype(int)
     true = clip_frames(clip)
-    refs, _ = sampling.clip_points(clip, net.config)
+    refs, _ = sampling.clip_points(clip.landmarks, net.config)
     rows = [true[[number] * MOMENTS] for number in (refs[0], refs[-1])]
     if net.lip_head is not None:
         rows.append(warp_reference(net, clip, features, at))
@@ -116,14 +116,15 @@ def measure_lips(net, clip, features, silent, late):
     wanted = faces.mouth_shape(true)  # [T, 3]
     row = metrics.compare_shapes(shapes, wanted)
     row["error"] = metrics.point_error(landmarks, true, metrics.LIPS)
-    row["deviation"] = shapes[:, 0].std() / max(wanted[:, 0].std(), 0.1)
+    deviation, true_deviation = shapes[:, 0].std(), wanted[:, 0].std()
+    row["deviation"] = deviation / max(true_deviation, 0.1)
     row["shift"] = metrics.lips_find_shift(shapes[:, 0], wanted[:, 0], late)
     _, shapes = predict_shapes(net, clip, silent)
     row["silence"] = shapes[:, 0].mean()
     for amplitude in (0.5, 1.5):
         _, shapes = predict_shapes(net, clip, features, amplitude)
         row[f"amp_{amplitude}"] = shapes[:, 0].mean() / max(row["opening"], 0.1)
-    _, points = sampling.clip_points(clip, net.config)
+    _, points = sampling.clip_points(clip.landmarks, net.config)
     here, posed = points[:, 0, 0], points[:, 0, 1]  # [T, K, 2]
     row["jaw"] = metrics.point_error(here * faces.CROP_PX, true, faces.JAW)
     row["jaw_posed"] = metrics.point_error(posed * faces.CROP_PX, true, faces.JAW)
@@ -218,7 +219,7 @@ def clip_rows(networks, clip, tracker, strip, late):
     true, made = clip_frames(clip), redraw_clip(net, clip, features)
     if strip:
         save_strip(strip, net, clip, features, made)
-    refs, _ = sampling.clip_points(clip, net.config)
+    refs, _ = sampling.clip_points(clip.landmarks, net.config)
     copy = true.copy()
     copy[:, metrics.HALF:] = true[refs[len(refs) // 2], metrics.HALF:]
     pictures = dict(model=made, copy=copy, silence=redraw_clip(net, clip, silent), real=true)

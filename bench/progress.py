@@ -68,12 +68,12 @@ def save_samples(run, net, encoder, step, rows=6):
         clip = data.load_or_skip(info.path)
         if clip is None:
             continue
-        refs, points = sampling.clip_points(clip, run.net_config)
+        refs, points = sampling.clip_points(clip.landmarks, run.net_config)
         middle = len(clip) // 2
         pictures = np.stack([clip.frame(i) for i in [*refs, middle]])
         sound = torch.from_numpy(clip.sound()).to(run.device)
         features = encoder(sound[None])[0]  # [L, D]
-        audio = sampling.clip_audio(net, clip, features)  # [T, F, D]
+        audio = sampling.clip_audio(net.config, features, len(clip))  # [T, F, D]
         *pictures, true = pictures
         now = points[[middle]], audio[[middle]]
         with common.autocast(run.device):
