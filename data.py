@@ -10,7 +10,6 @@ Sound and frames come from media.py, faces and their crops from faces.py. Letter
 Pictures are uint8 RGB, points float32 (x, y, depth) pixels.
 `python data.py --data DIR` prepares a folder; `python data.py --demo DIR` draws one.
 """
-
 import argparse
 import contextlib
 import fnmatch

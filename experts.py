@@ -1,10 +1,10 @@
 """The experts of S3: does the mouth fit the sound? And both of them on a whole video.
 
-    stage         | code                                      | patent
-    sync expert   | SyncXNet, sync_batch_loss                 | S3(1), Fig. 8
-    offset        | embed_clip, sync_curve, read_curve        | -
-    checkpoint    | pack_expert, load_expert, load_networks   | -
-    a whole video | python experts.py VIDEO: measure_video    | S12
+    stage         | code                                    | patent
+    sync expert   | SyncXNet, sync_batch_loss               | S3(1), Fig. 8
+    offset        | measure_offset, embed_clip, sync_curve  | -
+    checkpoint    | pack_expert, load_expert, load_networks | -
+    a whole video | python experts.py VIDEO: measure_video  | S12
 
 The lip reader, and the mouth as both experts see it, are in lipreader.py. Letters as in common.py,
 pictures as in lipreader.py. Offsets are in frames of 40 ms, + = the sound comes late.

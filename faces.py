@@ -1,19 +1,18 @@
 """S12: from frames to faces: points with depth, one person, a steady upright crop; and Fig. 7, the
 references.
 
-    stage        | code                                              | patent
-    points       | KEPT_POINTS, FaceTracker                          | S12: landmarks
-    one person   | follow_face, find_trails                          | -
-    crop         | smooth_affines, to_crop, crop                     | S12: upright 256 x 256 crop
-    head, mouth  | with_head_pose, place_points, mouth_shape, head_turn | -
-    references   | select_references                                 | Fig. 7
-    face box     | YoloFace, decode_yolo                             | S12: --face-detector
-    shots        | track_shots, is_cut                               | -
+    stage       | code                                                 | patent
+    points      | KEPT_POINTS, FaceTracker                             | S12: landmarks
+    one person  | follow_face, find_trails                             | -
+    crop        | smooth_affines, to_crop, crop                        | S12: upright 256 x 256 crop
+    head, mouth | with_head_pose, place_points, mouth_shape, head_turn | -
+    references  | select_references                                    | Fig. 7
+    face box    | YoloFace, decode_yolo                                | S12: --face-detector
+    shots       | track_shots, is_cut                                  | -
 
 Letters as in common.py. Pictures are uint8 RGB, points float32 (x, y) pixels, mostly with a depth
 z.
 """
-
 import contextlib
 import itertools
 import math

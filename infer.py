@@ -1,11 +1,14 @@
 """Dubbing: a video and a sound -> the same video, its lower face speaking the sound.
 
-    stage             | code                           | patent
-    pass one: watch   | watch.py                       | S12, Fig. 7: crops, references
-    hear              | watch_and_hear                 | S2(1): audio encoder
-    pass two: redraw  | redraw_frames                  | S2(2) .. S2(5), a batch at a time
-    blend             | face_mask, match_colour, blend | -
-    all of it         | dub                            | -
+    stage            | code                                     | patent
+    pass one: watch  | watch.py                                 | S12, Fig. 7: crops, references
+    hear             | watch_and_hear                           | S2(1): audio encoder
+    pass two: redraw | redraw_frames                            | S2(2) .. S2(5), a batch at a time
+    blend            | put_back, face_mask, match_colour, blend | -
+    all of it        | dub                                      | -
+
+A sound's way: main, dub, experts.load_networks, watch_and_hear: features [1, L, D]; redraw_frames:
+AudioSelector, lipsync.redraw, LipSync.forward; put_back, media.VideoWriter.
 
 Both passes stream: of a frame pass one keeps its face's points and affine (2 KB), pass two nothing
 but the first 10 s of crops, for the sync expert. media.ahead runs a stage in a thread, so that no

@@ -9,7 +9,6 @@
 
 Letters as in common.py. Pictures are uint8 RGB, sound is float32, -1..1.
 """
-
 import collections
 import contextlib
 import hashlib

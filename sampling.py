@@ -8,9 +8,11 @@
     the experts   | SyncDataset, SentenceDataset                             | S3(1), S3(2)
     whole clips   | clip_points, clip_audio, predict_landmarks, lower_halves | -
 
+A clip's way: data.load_clip; ClipDataset.draw, .sample; loop.make_loader; train.make_pictures,
+LipSync.forward, train.generator_terms: a term for each loss.
+
 Letters as in common.py. Pictures are uint8 RGB, landmarks float32 (x, y, depth) pixels.
 """
-
 import dataclasses
 import math
 import re

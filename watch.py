@@ -1,10 +1,10 @@
 """Pass one of dubbing: where the faces are, who is who, and which frames are the references.
 
-    stage   | code                                  | patent
-    frames  | watch, watch_shots, finish_shot       | S12
-    people  | tell_people, small_face               | -
-    crops   | join_shots, why_kept, Track           | S12
-    chosen  | watch, faces.select_references        | Fig. 7
+    stage  | code                            | patent
+    frames | watch, watch_shots, finish_shot | S12
+    people | tell_people, small_face         | -
+    crops  | join_shots, why_kept, Track     | S12
+    chosen | watch, faces.select_references  | Fig. 7
 
 Of a frame it keeps the face's points and affine (2 KB). Letters as in common.py. Frames are uint8
 RGB [H, W, 3], crops uint8 RGB [256, 256, 3], points float32 [.., K, 3].
