@@ -300,7 +300,8 @@ def load_networks(path=None, device="cpu"):
             raise ValueError("no weights of the audio encoder")
         if not isinstance(sync, SyncXNet | None) or not isinstance(reader, LipReader | None):
             raise ValueError("an expert stands in the other's place")
-        if sync and sync.config["audio_dim"] != config.audio_dim:
+        hears = sync.config if sync else {}
+        if hears.get("audio") == "features" and hears["audio_dim"] != config.audio_dim:
             raise ValueError("the sync expert takes sound of another width")
     except BadInput:
         raise

@@ -1161,6 +1161,17 @@ def content():
             "sync": train.halved(experts.pack_expert(sync)), "lip": experts.pack_expert(reader)}
 
 
+def test_a_sync_expert_that_hears_mel_fits_beside_an_audio_encoder_of_any_width(content, tmp_path):
+    for audio_, fits in (("mel", True), ("features", False)):
+        sync = experts.SyncXNet("small", audio_, audio_dim=D + 8)
+        common.save_checkpoint(tmp_path / "w.pt", {**content, "sync": experts.pack_expert(sync)})
+        if fits:
+            assert experts.load_networks(tmp_path / "w.pt").sync.config["audio_dim"] == D + 8
+        else:
+            with pytest.raises(common.BadInput, match="takes sound of another width"):
+                experts.load_networks(tmp_path / "w.pt")
+
+
 def test_a_checkpoint_gives_all_networks_ready_to_use(content, tmp_path):
     torch.save(content, tmp_path / "w.pt")
     networks = experts.load_networks(tmp_path / "w.pt")
