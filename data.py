@@ -62,7 +62,7 @@ class Clip:
     source: str
     text: str
     jpegs: np.ndarray  # uint8 [bytes], all crops one after the other
-    offsets: np.ndarray  # int64 [T + 1] into jpegs
+    offsets: np.ndarray  # int64 [T + 1] where each picture begins in jpegs
     landmarks: np.ndarray  # float32 [T, K, 3] crop px
     found: np.ndarray  # bool [T]; False: landmarks were interpolated
     wave: np.ndarray  # int16 [640 T], at one level (level_sound)

@@ -64,7 +64,8 @@ def kept(mesh_numbers):
 
 RIGID, UPPER = kept(RIGID_MESH), kept(UPPER_MESH)
 LIPS_OUTER, LIPS_INNER, JAW = kept(LIPS_OUTER_MESH), kept(LIPS_INNER_MESH), kept(JAW_MESH)
-MOUTH = LIPS_OUTER + LIPS_INNER + JAW  # [P] what the sound moves: the first P of the K points
+MOUTH = LIPS_OUTER + LIPS_INNER + JAW  # [P] what the sound moves: the first P of the K points,
+# as lips.py and LipSync count them
 MOUTH_CORNERS, GAP_ENDS, HEIGHT_ENDS = kept([61, 291]), kept([13, 14]), kept([0, 17])  # pairs
 EYE_CORNERS, NOSE_TIP = kept([33, 263]), kept([4])[0]
 
@@ -410,7 +411,8 @@ def smooth(series, sigma):
 
 
 def upright_motion(landmarks):
-    """landmarks [T, K, 3], NaN rows allowed -> smooth complex centre [T] px, turn [T] px/cm.
+    """landmarks [T, K, 3], NaN rows allowed -> smooth complex centre [T] px, similarity [T]
+    px/cm: its absolute value is the scale, its angle the turn.
 
     The least-squares similarity from the canonical face onto the RIGID points, scale * e^(i angle):
     it knows nothing of the mouth."""
@@ -419,18 +421,18 @@ def upright_motion(landmarks):
     centre = points.mean(1, keepdims=True)
     template = RIGID_TEMPLATE - RIGID_TEMPLATE.mean()
     fit = (points - centre) @ template.conj()
-    turn = fit / np.vdot(template, template)  # [T]
+    similarity = fit / np.vdot(template, template)  # [T]
     both = np.hstack([centre.real, centre.imag])  # [T, 2]
     centre = as_complex(smooth(both, 1.5))
-    angle = smooth(np.unwrap(np.angle(turn)), 1.5)
-    log_scale = smooth(np.log(np.abs(turn)), 5.0)
+    angle = smooth(np.unwrap(np.angle(similarity)), 1.5)
+    log_scale = smooth(np.log(np.abs(similarity)), 5.0)
     return centre, np.exp(log_scale + 1j * angle)
 
 
-def upright(landmarks, centre, turn):
+def upright(landmarks, centre, similarity):
     """Frame px -> upright face units (cm from amid the RIGID points): [T, K, 3] -> [T, K, 2]"""
     points = as_complex(landmarks) - centre[:, None]
-    points = points / turn[:, None]
+    points = points / similarity[:, None]
     return np.stack([points.real, points.imag], -1)
 
 
@@ -441,10 +443,10 @@ def smooth_affines(landmarks, box=None):
     RIGID points alone, smoothed over time. The crop's side is constant over the clip: BOX_MARGIN *
     the median face height; box = (x0, y0, x1, y1) in upright units (YoloFace) takes the place of
     the landmarks' box. NaN rows are bridged."""
-    centre, turn = upright_motion(landmarks)
+    centre, similarity = upright_motion(landmarks)
     found = np.flatnonzero(np.isfinite(landmarks[:, 0, 0]))
     some = found[::1 + len(found) // 500]  # enough for a median
-    shapes = upright(landmarks[some], centre[some], turn[some])
+    shapes = upright(landmarks[some], centre[some], similarity[some])
     face = np.median(shapes, 0)  # [K, 2]
     x0, y0, x1, y1 = box if box is not None else np.r_[face.min(0), face.max(0)]
     height = max(y1 - y0, 1.1 * (x1 - x0))
@@ -452,7 +454,7 @@ def smooth_affines(landmarks, box=None):
     left = CROP_PX / 2 - unit * (x0 + x1) / 2
     top = NOSE_ROW - unit * face[NOSE_TIP, 1]
     corner = complex(left, top)
-    rotate = unit / turn  # [T] complex: crop = rotate * (frame - centre) + corner
+    rotate = unit / similarity  # [T] complex: crop = rotate * (frame - centre) + corner
     shift = corner - rotate * centre
     rows = [rotate.real, -rotate.imag, shift.real, rotate.imag, rotate.real, shift.imag]
     return np.stack(rows, 1).reshape(-1, 2, 3).astype(np.float32)
@@ -504,8 +506,8 @@ def with_head_pose(reference, frame):
     left[..., 2] *= sign[..., None]
     spread = np.square(ours).sum((-1, -2))
     scale = stretch.sum(-1) / spread.clip(1e-9)
-    turn = scale[..., None, None] * (left @ right)
-    moved = (reference - centre) @ np.swapaxes(turn, -1, -2) + goal
+    rotation = scale[..., None, None] * (left @ right)
+    moved = (reference - centre) @ np.swapaxes(rotation, -1, -2) + goal
     moved[~there] = np.nan
     return moved.astype(np.float32)
 

@@ -116,7 +116,7 @@ class ReferenceWarp(nn.Module):
         step = torch.cat([step, torch.ones_like(step[:, :1])], 1)    # the 1 sums the weights
         step = step.repeat(1, 1, 2)[:, :, None]                      # [BR, 3, 1, 2K]
         weighted = step * down[:, None]                              # [BR, 3, 40, 2K]
-        total = weighted.flatten(1, 2) @ across.mT                   # [BR, 3 40, 64]
+        total = weighted.flatten(1, 2) @ across.mT                   # [BR, 3*40, 64]
         total = total.unflatten(1, (3, -1))                          # [BR, 3, 40, 64]
         moved, weight = total[:, :2], total[:, 2:]
         node = torch.arange(len(rows), device=target.device)
