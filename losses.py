@@ -94,22 +94,22 @@ def lip_reading_loss(logits, tokens, pad):
 
 
 # ---------------------------------------------------------------- S3(3) reconstruction
-def reconstruction_loss(output, target, mouth_pixels=0.0, mask=None):
+def reconstruction_loss(output, target, mouth_weight=0.0, mask=None):
     """Mean absolute difference of all values.
 
-    Patent: mean of |output - target| over all values, S3(3). That is mouth_pixels = 0.
+    Patent: mean of |output - target| over all values, S3(3). That is mouth_weight = 0.
     Shapes: output [B, C, H, W], target [B, C, H, W] in 0..1, mask None or [B, 1, H, W] in 0..1
-        -> scalar in 0..1. ValueError for mouth_pixels without a mask.
-    Choice: a pixel counts 1 + mouth_pixels times where mask is 1: a weighted mean, so that the
+        -> scalar in 0..1. ValueError for mouth_weight without a mask.
+    Choice: a pixel counts 1 + mouth_weight times where mask is 1: a weighted mean, so that the
         other weights keep their meaning; per picture, so that half batches give its gradient.
     """
     B, C, H, W = output.shape
     check(target, "B C H W", "target", B=B, C=C, H=H, W=W)
     difference = (output.float() - target.float()).abs()  # [B, C, H, W]
-    if mouth_pixels == 0:
+    if mouth_weight == 0:
         return difference.mean()
     check(mask, "B 1 H W", "mask", B=B, H=H, W=W)
-    weight = 1 + mouth_pixels * mask.float()  # [B, 1, H, W]
+    weight = 1 + mouth_weight * mask.float()  # [B, 1, H, W]
     error = (difference * weight).sum((1, 2, 3))  # [B]
     return (error / (C * weight.sum((1, 2, 3)))).mean()
 

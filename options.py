@@ -66,7 +66,7 @@ class TrainConfig:
 
     rec_weight: float = option(0.5, "weight of the reconstruction loss")
     coarse_weight: float = option(1.0, "weight of the same of 4 x 4 means: it does not blur")
-    mouth_pixels: float = option(8.0, "extra weight of the mouth's pixels in both; 0: patent")
+    mouth_weight: float = option(8.0, "extra weight of the mouth's pixels in both; 0: patent")
     sync_weight: float = option(0.01, "weight of the sync loss")
     lip_weight: float = option(0.1, "weight of the lip-reading loss")
     perceptual_weight: float = option(0.01, "weight of the perceptual loss, a sum over scales")

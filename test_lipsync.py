@@ -1698,6 +1698,17 @@ def test_the_sync_expert_too_learns_from_moved_sounds(prepared):
     assert any(found)
 
 
+def test_the_mouth_too_learns_from_moved_sounds(prepared):
+    infos = data.list_clips(prepared)[:2]
+    clip = data.load_clip(infos[0].path)
+    samples = sampling.MouthSamples(infos, TINY, None)
+    samples.move_sounds({infos[0].source: 2})
+    moved, loud = samples.clips[0].mel, sampling.loudness(clip)
+    assert np.array_equal(moved, sampling.at_time(clip.mel.T, 8).T)
+    assert np.array_equal(samples.clips[0].loudness, sampling.at_time(loud, 2))
+    assert np.array_equal(samples.clips[0].landmarks, clip.landmarks)
+
+
 def test_digital_silence_closes_the_mouth_that_is_taught(prepared):
     infos = data.list_clips(prepared)
     samples = sampling.MouthSamples(infos, TINY, None, silent_share=1.0, amplitude_share=0)

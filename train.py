@@ -433,11 +433,11 @@ def generator_terms(run, judges, output, target, batch, step):
             terms["lip"] = c.lip_weight, loss
     # S3(3): mean |output - target|, the mouth weighted; also of 4 x 4 means
     mask = mouth_mask(batch["mouth_box"].flatten(0, 1), output.shape[2])
-    loss = losses.reconstruction_loss(output, target, c.mouth_pixels, mask)
+    loss = losses.reconstruction_loss(output, target, c.mouth_weight, mask)
     terms["reconstruction"] = c.rec_weight, loss
     if c.coarse_weight:
         made, true, at = [fn.avg_pool2d(x.float(), 4) for x in (output, target, mask)]
-        loss = losses.reconstruction_loss(made, true, c.mouth_pixels, at)
+        loss = losses.reconstruction_loss(made, true, c.mouth_weight, at)
         terms["coarse"] = c.coarse_weight, loss
     # S3(4): mean |VGG(output) - VGG(target)|
     if judges.perceptual is not None:

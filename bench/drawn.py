@@ -203,8 +203,7 @@ def hair_shape(p):
     skull *= below(ragged_v, max(s.length_v, -0.1), 0.08)
     face = below(-ragged_v, 0.8, 0.04) * below(p.w, 0.92, 0.05)
     face *= np.maximum(ramp(p.reach, 1, 0.9), ramp(p.v, 0.3, 0.6))
-    hair = skull * (1 - face)
-    return hair if s.volume > 0 else 0 * hair
+    return skull * (1 - face) * (s.volume > 0)
 
 
 def draw_room(s):
@@ -223,8 +222,6 @@ def draw_room(s):
 
 
 # ---------------------------------------------------------------- the frame
-
-
 def draw_eyes(head, portrait, blink):
     s = portrait.speaker
     eyes = head[EYES][..., :3].astype(np.float32)
