@@ -555,12 +555,13 @@ class LipSync(nn.Module):
         return self.decoder(fused, skips, refs, masked)              # [B, 3, H, W]
 
 
-def redraw(net, refs, crops, points, audio, amplitude=1.0):
+def redraw(net, refs, crops, points, audio, amplitude=1.0, lips=None):
     """Crops of a face with their lower halves drawn anew: what samples, eval and dubbing all call.
 
     Shapes: refs uint8 [R, 256, 256, 3], crops uint8 [B, 256, 256, 3] (RGB), points float32
-        [B, R, 2, K, 2] or None, audio [B, F, D], amplitude float -> uint8 [B, 256, 256, 3], on the
-        CPU; numpy in, numpy out but for audio.
+        [B, R, 2, K, 2] or None, audio [B, F, D], amplitude float, lips float32 [B, P, 2] or None:
+        as the sound asks for them -> uint8 [B, 256, 256, 3], on the CPU; numpy in, numpy out but
+        for audio.
     Choice: a network for smaller pictures gets averaged ones; its answer is enlarged bicubically.
     """
     device, size = audio.device, net.config.image_size
@@ -573,8 +574,10 @@ def redraw(net, refs, crops, points, audio, amplitude=1.0):
     shared = planes[:R].expand(B, -1, -1, -1, -1)                    # [B, R, 3, H, W]
     if points is not None:
         points = torch.from_numpy(points).to(device)
+    if lips is not None:
+        lips = torch.from_numpy(lips).to(device)
     with torch.inference_mode():
-        drawn = net(shared, masked, audio, amplitude, points).float()
+        drawn = net(shared, masked, audio, amplitude, points, lips).float()
         if size != crops.shape[1]:
             drawn = fn.interpolate(drawn, size=crops.shape[1:3], mode="bicubic")
         drawn = (drawn * 255).round().clamp(0, 255).byte()           # [B, 3, 256, 256]

@@ -526,17 +526,20 @@ def test_predicted_lips_need_exactly_the_sound_parameters():
     assert used == {name for name, p in net.named_parameters() if id(p) in own}
 
 
-def test_redraw_takes_and_gives_bytes_and_keeps_the_upper_half():
+@pytest.mark.parametrize("given", [False, True])
+def test_redraw_takes_and_gives_bytes_and_keeps_the_upper_half(given):
     net, (_, _, audio, _, points) = LipSync(CONV).eval(), moving(CONV)
     rng = np.random.default_rng(0)
     refs, crops = (rng.integers(0, 256, (n, 64, 64, 3), np.uint8) for n in (R, B))
-    made = lipsync.redraw(net, refs, crops, points.numpy(), audio, 1.5)
+    wanted = points[:, -1, 1, :lips.MOUTH_POINTS] + 0.01 if given else None
+    made = lipsync.redraw(net, refs, crops, points.numpy(), audio, 1.5,
+                          wanted.numpy() if given else None)
     assert made.shape == crops.shape
     assert made.dtype == np.uint8
     assert np.array_equal(made[:, :32], crops[:, :32])
     planes = [torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (refs, crops)]
     with torch.no_grad():
-        direct = net(planes[0].expand(B, -1, -1, -1, -1), planes[1], audio, 1.5, points)
+        direct = net(planes[0].expand(B, -1, -1, -1, -1), planes[1], audio, 1.5, points, wanted)
     assert np.abs(made[:, 32:] - 255 * direct[:, :, 32:].permute(0, 2, 3, 1).numpy()).max() <= 0.51
 
 
@@ -1855,6 +1858,7 @@ def test_one_command_trains_all_stages_and_leaves_a_checkpoint_that_dubs(trained
     assert {"r", "r_best", "r_width", "r_rounding", "error", "deviation", "silence", "amp_0.5",
             "amp_1.5"} <= set(table["."]["lips"])
     assert {"model", "copy", "silence", "amplitude 0.5", "amplitude 1.5"} <= set(table["."])
+    assert table["."]["true lips"]["lmd"] < table["."]["model"]["lmd"]
     assert (out / "strip_videos.png").is_file()
     assert list(table["speed"]) == ["network", *lipsync.PRESETS]
     assert all(set(row) == set(evaluate.COLUMNS["speed"]) for row in table["speed"].values())

@@ -46,15 +46,18 @@ def clip_frames(clip):
     return np.stack([clip.frame(i) for i in range(len(clip))])
 
 
-def redraw_clip(net, clip, features, amplitude=1.0):
-    """A clip redrawn from its own upper halves and `features` [L, D] -> uint8 [T, 256, 256, 3]"""
+def redraw_clip(net, clip, features, amplitude=1.0, true_lips=False):
+    """A clip redrawn from its own upper halves and `features` [L, D] -> uint8 [T, 256, 256, 3]
+
+    true_lips: with its own lips, not those that the sound asks for."""
     refs, points = sampling.clip_points(clip.landmarks, net.config)
     audio, crops = sampling.clip_audio(net.config, features, len(clip)), clip_frames(clip)
+    lips = clip.landmarks[:, faces.MOUTH, :2] / faces.CROP_PX  # [T, P, 2]
     made = []
     for start in range(0, len(clip), BATCH):
         now = slice(start, start + BATCH)
         made.append(lipsync.redraw(net, crops[refs], crops[now], points[now], audio[now],
-                                   amplitude))
+                                   amplitude, lips[now] if true_lips else None))
     return np.concatenate(made)
 
 
@@ -180,8 +183,9 @@ def speed_rows(net):
 def evaluate(run, weights):
     """The held-out table {folder: {row: {column: number}}}, and {"speed": {network: {...}}}.
 
-    Rows: lips (no pictures), model, copy (the middle reference's lower half), silence, real,
-    each amplitude, experts. At most eval_clips of each folder."""
+    Rows: lips (no pictures), model, true lips (the model given them: what is lost in drawing, not
+    in hearing), copy (the middle reference's lower half), silence, real, each amplitude, experts.
+    At most eval_clips of each folder."""
     networks = experts.load_networks(weights, "cpu")
     collected, rng = {}, np.random.default_rng(0)
     texts = sorted({info.text for info in run.held_out} - {""}) or [""]
@@ -222,7 +226,10 @@ def clip_rows(networks, clip, tracker, strip, late):
     refs, _ = sampling.clip_points(clip.landmarks, net.config)
     copy = true.copy()
     copy[:, metrics.HALF:] = true[refs[len(refs) // 2], metrics.HALF:]
-    pictures = dict(model=made, copy=copy, silence=redraw_clip(net, clip, silent), real=true)
+    pictures = dict(model=made)
+    if net.lip_head is not None:
+        pictures["true lips"] = redraw_clip(net, clip, features, true_lips=True)
+    pictures |= dict(copy=copy, silence=redraw_clip(net, clip, silent), real=true)
     for name, these in pictures.items():
         yield name, metrics.measure_pictures(these, true, clip, tracker, networks, sound)
     for amplitude in AMPLITUDES:
