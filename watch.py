@@ -82,7 +82,7 @@ def watch(video, limit, face, refs, progress):
     shots = list(watch_shots(video, limit, face, progress))
     most = max(shot.count for shot in shots)
     if face is not None and face >= most:
-        raise BadInput(f"--face {face}: there are {most} faces (from 0, left to right)")
+        raise BadInput(f"--face {face}: found {most}, counted from 0, left to right")
     track = join_shots(shots, face)
     if not track.dubbed.any():
         T = len(track.dubbed)
