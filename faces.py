@@ -521,6 +521,12 @@ def place_points(references, frames):
     return both[..., :2].astype(np.float32) / CROP_PX
 
 
+def place_lips(frames):
+    """What LipSync.forward takes as `lips`: those of frames [S, K, 3] crop px
+    -> float32 [S, P, 2] picture widths."""
+    return frames[:, MOUTH, :2].astype(np.float32) / CROP_PX
+
+
 def mouth_shape(landmarks):
     """[..., K, 2 or 3] crop px -> float32 [..., 3]: inner-lip gap (px), mouth width (px), rounding
     (outer lip height / width)."""

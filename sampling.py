@@ -236,9 +236,8 @@ class ClipDataset(torch.utils.data.Dataset):
         R, size = self.config.refs, self.config.image_size
         planes, target = to_planes(pictures, size), points[R:]
         placed = faces.place_points(points[:R], target)
-        lips = target[:, faces.MOUTH, :2] / faces.CROP_PX
-        return dict(refs=planes[:R], target=planes[R:], points=placed, lips=lips,
-                    mouth_box=mouth_boxes(target, size))
+        return dict(refs=planes[:R], target=planes[R:], points=placed,
+                    lips=faces.place_lips(target), mouth_box=mouth_boxes(target, size))
 
     def sound_for_sync(self, clip, features, start):
         """The sound of S frames as the sync expert hears it -> float32 [S, D] or [80, 4S]"""
@@ -404,7 +403,7 @@ class MouthSamples:
         refs = faces.select_references(landmarks, self.config.refs, exclude=at[:1], rng=rng)
         points = faces.place_points(landmarks[refs], landmarks[at])  # [frames, R, 2, K, 2]
         closed = points[:, 0, 1, faces.MOUTH]  # [frames, P, 2]
-        true = landmarks[at][:, faces.MOUTH, :2] / faces.CROP_PX
+        true = faces.place_lips(landmarks[at])
         amplitude = np.ones((frames, 1, 1), np.float32)
         if rng.random() < self.amplitude_share:
             amplitude[:] = rng.uniform(0.4, 1.8)

@@ -52,12 +52,12 @@ def redraw_clip(net, clip, features, amplitude=1.0, true_lips=False):
     true_lips: with its own lips, not those that the sound asks for."""
     refs, points = sampling.clip_points(clip.landmarks, net.config)
     audio, crops = sampling.clip_audio(net.config, features, len(clip)), clip_frames(clip)
-    lips = clip.landmarks[:, faces.MOUTH, :2] / faces.CROP_PX  # [T, P, 2]
-    made = []
+    shown, made = crops[refs], []
     for start in range(0, len(clip), BATCH):
         now = slice(start, start + BATCH)
-        made.append(lipsync.redraw(net, crops[refs], crops[now], points[now], audio[now],
-                                   amplitude, lips[now] if true_lips else None))
+        lips = faces.place_lips(clip.landmarks[now]) if true_lips else None
+        made.append(lipsync.redraw(net, shown, crops[now], points[now], audio[now], amplitude,
+                                   lips))
     return np.concatenate(made)
 
 
