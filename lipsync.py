@@ -216,7 +216,7 @@ def attention(query, key, value, mask=None):
     """
     logits = query @ key.mT / math.sqrt(query.shape[-1])             # [B, heads, queries, keys]
     if mask is not None:
-        logits = logits + mask
+        logits = logits + mask.expand_as(logits)                     # inductor wants all 4 axes
     return logits.softmax(-1) @ value
 
 
@@ -318,7 +318,7 @@ def smooth_blocks(x, fold):
     """
     before, after = (fold - 1) // 2, fold // 2
     H, W = x.shape[2:]
-    x = fn.pad(x, (before, after, before, after), mode="replicate")
+    x = fn.pad(x.contiguous(), (before, after, before, after), mode="replicate")  # for inductor
     x = sum(x[:, :, row:row + H] for row in range(fold))             # [B, C, H, W + fold - 1]
     x = sum(x[..., column:column + W] for column in range(fold))     # [B, C, H, W]
     return x / fold ** 2
@@ -332,7 +332,7 @@ def join_halves(upper, lower, reach=16, width=5):
     """
     step = upper[:, :, -2:].mean(2, keepdim=True) - lower[:, :, :2].mean(2, keepdim=True)
     margin = width // 2
-    step = fn.pad(step, (margin, margin, 0, 0), mode="replicate")
+    step = fn.pad(step.contiguous(), (margin, margin, 0, 0), mode="replicate")
     step = fn.avg_pool2d(step, (1, width), 1)                        # [B, C, 1, W]
     rows = torch.arange(lower.shape[2], device=lower.device, dtype=lower.dtype)
     share = (1 - rows / reach).clamp(min=0).square()                 # [h]

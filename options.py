@@ -87,7 +87,7 @@ class TrainConfig:
     workers: int = option(1, "loader processes")
     device: str = option("auto", "auto, cpu, cuda, cuda:1")
     checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    compile: bool = option(False, "torch.compile the generator")
+    compile: bool = option(False, "torch.compile the generator; slower on a CPU")
     save_minutes: float = option(5.0, "minutes between checkpoints")
     sample_steps: int = option(500, "steps between sample pictures")
     eval_clips: int = option(20, "held-out clips of each folder measured by eval")

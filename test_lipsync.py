@@ -660,6 +660,23 @@ def test_network_compiles_as_one_graph_and_exports_with_a_free_batch(tmp_path):
     assert result.stdout.strip() == "True", result.stderr
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile builds C++ on a CPU")
+def test_what_broke_inductor_compiles_and_has_the_same_gradients():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 5, 8)
+    mask = torch.tensor([0, -math.inf, 0, 0, 0])
+    picture = torch.rand(2, 3, 32, 24).to(memory_format=torch.channels_last)
+    for function, start in (
+            (lambda x: lipsync.attention(x, key, value, mask), query),
+            (lambda x: lipsync.join_halves(x, lipsync.smooth_blocks(x, 4)), picture)):
+        gradients = []
+        for f in (function, torch.compile(function, fullgraph=True)):
+            x = start.clone().requires_grad_()
+            f(x).square().sum().backward()
+            gradients.append(x.grad)
+        assert torch.allclose(*gradients, atol=1e-5)
+
+
 @pytest.mark.parametrize("preset", lipsync.PRESETS)
 def test_every_number_of_references_trains_a_step_in_every_preset(preset):
     for refs in range(1, 9):
