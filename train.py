@@ -306,12 +306,12 @@ def train_generator(run):
 
 @dataclass
 class Judges:
-    """Who judges the generator's pictures; None: that loss is off."""
+    """Who judges the generator's pictures, each None if there is none."""
     sync: nn.Module
     reader: nn.Module
     perceptual: nn.Module
     discriminator: nn.Module
-    accuracy: float  # of the sync expert, held out; too low, or NaN: its loss is off
+    on: set  # names of the losses that loss_report has as on
 
 
 def load_judges(run):
@@ -326,7 +326,8 @@ def load_judges(run):
     report = loss_report(config, sync, accuracy, reader)
     if run.rank == 0:
         print("losses: " + "; ".join(f"{name} {text}" for name, text in report.items()))
-    return Judges(sync, reader, perceptual, discriminator, accuracy)
+    on = {name for name, text in report.items() if text.startswith("on")}
+    return Judges(sync, reader, perceptual, discriminator, on)
 
 
 @torch.no_grad()
@@ -421,13 +422,12 @@ def generator_terms(run, judges, output, target, batch, step):
     groups = low.unflatten(0, (-1, c.group))  # [B, S, 3, H/2, W]
     experts_on = share_done >= c.sync_start
     # S3(1): BCE(cos(sound, lips), 1)
-    judged = judges.accuracy >= c.min_sync_accuracy
-    if c.sync_weight and judged and experts_on and in_sync.any():
+    if "sync" in judges.on and experts_on and in_sync.any():
         sound = judges.sync.embed_audio(batch["sync_sound"][in_sync])
         seen = judges.sync.embed_video(groups[in_sync])
         terms["sync"] = c.sync_weight, losses.sync_loss(sound, seen)
     # S3(2): -log p(text | video)
-    if c.lip_weight and judges.reader is not None and experts_on:
+    if "lip" in judges.on and experts_on:
         loss = lip_term(run, judges.reader, groups, batch)
         if loss is not None:
             terms["lip"] = c.lip_weight, loss
@@ -440,10 +440,10 @@ def generator_terms(run, judges, output, target, batch, step):
         loss = losses.reconstruction_loss(made, true, c.mouth_weight, at)
         terms["coarse"] = c.coarse_weight, loss
     # S3(4): mean |VGG(output) - VGG(target)|
-    if judges.perceptual is not None:
+    if "perceptual" in judges.on:
         terms["perceptual"] = c.perceptual_weight, judges.perceptual(output, target)
     # S3(5): what the discriminator makes of the lower half
-    if c.gan_weight and share_done >= c.gan_start:
+    if "gan" in judges.on and share_done >= c.gan_start:
         terms["gan"] = c.gan_weight, losses.generator_loss(judges.discriminator(low), c.gan)
     return terms
 
