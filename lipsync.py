@@ -332,7 +332,7 @@ def join_halves(upper, lower, reach=16, width=5):
     """
     step = upper[:, :, -2:].mean(2, keepdim=True) - lower[:, :, :2].mean(2, keepdim=True)
     margin = width // 2
-    step = fn.pad(step.contiguous(), (margin, margin, 0, 0), mode="replicate")
+    step = fn.pad(step, (margin, margin, 0, 0), mode="replicate")
     step = fn.avg_pool2d(step, (1, width), 1)                        # [B, C, 1, W]
     rows = torch.arange(lower.shape[2], device=lower.device, dtype=lower.dtype)
     share = (1 - rows / reach).clamp(min=0).square()                 # [h]
