@@ -277,8 +277,6 @@ class Networks:
     audio_encoder: nn.Module
     sync: SyncXNet | None
     reader: LipReader | None
-    about: dict
-    config: lipsync.Config
 
 
 def load_networks(path=None, device="cpu"):
@@ -312,43 +310,52 @@ def load_networks(path=None, device="cpu"):
         module.to(device).eval()
     fast = common.fast_bfloat16(torch.device(device))
     net.to(memory_format=torch.channels_last, dtype=torch.bfloat16 if fast else None)
-    return Networks(net, audio_encoder, sync, reader, content.get("about", {}), config)
+    return Networks(net, audio_encoder, sync, reader)
 
 
 # ---------------------------------------------------------------- a whole video
 def track_face(path):
-    """One face of a video, in each shot the largest: landmarks float32 [T, K, 3] px, NaN where
-    there is none. BadInput if unreadable or without a face."""
+    """The largest face of each shot of a video -> of each shot landmarks float32 [T, K, 3] px, NaN
+    where there is none. BadInput if unreadable or without a face."""
     shots = [[]]
     with faces.FaceTracker() as tracker:
         for _, found, _, cut in faces.track_shots(media.read_frames(path), [tracker]):
             if cut:
                 shots.append([])
             shots[-1].append(found)
-    landmarks = np.concatenate([faces.follow_face(shot) for shot in shots])
-    if not np.isfinite(landmarks).any():
+    landmarks = [faces.follow_face(shot) for shot in shots]
+    if not any(np.isfinite(shot).any() for shot in landmarks):
         raise BadInput(f"{path}: no face found")
     return landmarks
 
 
-def crop_mouths(path, landmarks, height=None):
-    """A video's lower half faces, cropped as training clips are: landmarks [T, K, 3] of track_face
-    -> pictures uint8 [T, 3, 128, 256], opening float32 [T], the inner-lip gap in px of the crop.
+def place_crops(landmarks):
+    """[T, K, 3] of each shot, as of track_face -> affines [T, 2, 3] of all frames, smoothed within
+    a shot; the inner lips' opening [T] in px of the crop. Zeros in a shot without a face."""
+    affines, openings = [], []
+    for shot in landmarks:
+        motion, opening = np.zeros((len(shot), 2, 3), np.float32), np.zeros(len(shot), np.float32)
+        if np.isfinite(shot).any():
+            motion = faces.smooth_affines(shot)
+            in_crop = faces.to_crop(faces.fill_gaps(shot), motion)
+            opening = faces.mouth_shape(in_crop)[:, 0]
+        affines.append(motion)
+        openings.append(opening)
+    return np.concatenate(affines), np.concatenate(openings)
 
-    height: only the mouth view of that height. All stay in memory: 98 KB a frame, 9.6 at height 40.
-    """
-    affines = faces.smooth_affines(landmarks)
-    in_crop = faces.to_crop(faces.fill_gaps(landmarks), affines)
-    opening = faces.mouth_shape(in_crop)[:, 0]
+
+def crop_mouths(path, affines):
+    """A video's lower half faces as training clips have them: affines [T, 2, 3] of place_crops ->
+    uint8 [T, 3, 64, 128], black in a shot without a face. All stay in memory: 25 KB a frame."""
     pictures = []
     for frame, affine in zip(media.read_frames(path), affines):
-        lower = faces.crop(frame, affine)[faces.CROP_PX // 2:]
-        picture = torch.from_numpy(lower).permute(2, 0, 1)  # [3, 128, 256]
-        if height is not None:
-            view = mouth_view(picture[None].float(), height)
-            picture = view[0].round().byte()
-        pictures.append(picture)
-    return torch.stack(pictures), opening
+        picture = torch.zeros(3, 64, 128)
+        if affine.any():
+            lower = faces.crop(frame, affine)[faces.CROP_PX // 2:]
+            lower = torch.from_numpy(lower).permute(2, 0, 1).float()  # [3, 128, 256]
+            picture = fn.avg_pool2d(lower, 2)
+        pictures.append(picture.round().byte())
+    return torch.stack(pictures)
 
 
 def measure_opening(opening, wave, found):
@@ -365,7 +372,7 @@ def measure_opening(opening, wave, found):
         return result
     opening, found = np.float64(opening[:T]), np.asarray(found[:T])
     sound = np.float64(wave[:T * SAMPLES_PER_FRAME]).reshape(T, -1)
-    loudness = np.sqrt((sound ** 2).mean(1))  # [T]
+    loudness = data.rms(sound, 1)  # [T]
     soft = loudness <= 0.05 * np.quantile(loudness, 0.95)
     pause = np.convolve(soft, np.ones(5), "same") == 5
     for name, at in (("opening_speech", ~pause & found), ("opening_pause", pause & found)):
@@ -387,12 +394,11 @@ def measure_video(path, networks):
     that is None leaves its entries out."""
     sync, reader = networks.sync, networks.reader
     device = next(networks.net.parameters()).device
-    sizes = {expert.config["size"] for expert in (sync, reader) if expert is not None}
     wave = level_sound(media.read_audio(path))
     landmarks = track_face(path)
-    height = VIEW_PX["small"] if sizes == {"small"} else None
-    pictures, opening = crop_mouths(path, landmarks, height)
-    found = np.isfinite(landmarks[:, 0, 0])
+    affines, opening = place_crops(landmarks)
+    pictures = crop_mouths(path, affines)
+    found = np.isfinite(np.concatenate(landmarks)[:, 0, 0])
     result = dict(video=str(path), frames=len(found), frames_with_face=int(found.sum()))
     result |= measure_opening(opening, wave.numpy(), found)
     if sync is not None:

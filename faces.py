@@ -86,7 +86,7 @@ MIRROR = kept(map(mirror_partners().get, KEPT_POINTS, KEPT_POINTS))  # [K]
 RIGID_TEMPLATE = np.array([-4.446 - 2.664j, -1.856 - 2.585j, 1.856 - 2.585j, 4.446 - 2.664j,
                            -3.271j, -2.473j, -1.728j, -1.059j, -0.366j, 0.463j])
 NOSE_ROW = 118  # of 256: the tip's row in the crop, so that the whole mouth lies in the lower half
-BOX_MARGIN = 1.1  # crop side / height of the face: leaves room below the chin for an open jaw
+BOX_MARGIN = 1.1  # crop side / (height or 1.1 width) of the face: room below for an open jaw
 
 
 # ---------------------------------------------------------------- points of a frame (S12)
@@ -355,15 +355,21 @@ def find_trails(seen):
     for t, faces in enumerate(seen):
         for points in sorted(faces, key=face_size, reverse=True):
             free = [trail for trail in trails if trail[-1][0] < t]
-            steps = [distance(last_points(trail), points) for trail in free]
-            if min(steps, default=np.inf) <= 0.6 * face_size(points):
-                trail = free[int(np.argmin(steps))]
+            last = [last_points(trail) for trail in free]
+            if is_near(points, last):
+                trail = free[int(np.argmin([distance(there, points) for there in last]))]
             else:
                 trails.append(trail := [])
             trail.append((t, points))
     longest = max(map(len, trails), default=0)
     trails = [trail for trail in trails if len(trail) > longest / 2]
     return sorted(trails, key=mean_x)
+
+
+def is_near(points, others):
+    """Can this face [K, 3] be one of the others, a frame later?"""
+    steps = [distance(other, points) for other in others]
+    return min(steps, default=np.inf) <= 0.6 * face_size(points)
 
 
 def last_points(trail):
@@ -441,8 +447,8 @@ def smooth_affines(landmarks, box=None):
 
     An affine leads from frame px to px of the 256 x 256 crop: upright, centred and scaled by the
     RIGID points alone, smoothed over time. The crop's side is constant over the clip: BOX_MARGIN *
-    the median face height; box = (x0, y0, x1, y1) in upright units (YoloFace) takes the place of
-    the landmarks' box. NaN rows are bridged."""
+    the median face's height, or 1.1 times its width where that is more; box = (x0, y0, x1, y1) in
+    upright units (YoloFace) takes the place of the landmarks' box. NaN rows are bridged."""
     centre, similarity = upright_motion(landmarks)
     found = np.flatnonzero(np.isfinite(landmarks[:, 0, 0]))
     some = found[::1 + len(found) // 500]  # enough for a median

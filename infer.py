@@ -173,7 +173,7 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
     count = max(1, round(len(wave) / SAMPLES_PER_FRAME))  # frames of the dubbed video
     track, features = watch_and_hear(video, wave, count, networks, face, progress)
     seen_crops, strip, kept, first_frame_s = [], [], {}, None
-    moments = {int((i + 0.5) * count / 8) for i in range(8)}
+    moments = [int((i + 0.5) * count / 8) for i in range(8)]  # still to come in a --compare PNG
     options = dict(sound=audio, seconds=count / FPS, preset=PRESET, like=video)
     with contextlib.ExitStack() as stack:
         movie = compare and compare.suffix.lower() == ".mp4"
@@ -198,8 +198,9 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
                 seen_crops.append(seen)
             if side:
                 side.write(np.concatenate([frame, shown], 1))
-            elif compare and i in moments and seen is not None:
+            elif compare and seen is not None and moments and i >= moments[0]:
                 strip.append(np.concatenate([crop, seen]))
+                moments = [moment for moment in moments if moment > i]
     seconds = time.perf_counter() - start
     reasons = {reason: (len(times), times[0]) for reason, times in kept.items()}
     report = dict(out=str(out), frames=count, seconds=seconds, fps=count / seconds,
@@ -210,6 +211,9 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
         save_png(refs_sheet, reference_sheet(track, networks.net))
     if strip:
         save_png(compare, np.concatenate(strip, 1))
+    elif compare and not movie:
+        print(f"{compare}: not written, no mouth was drawn from its first moment on",
+              file=sys.stderr)
     return report
 
 

@@ -173,7 +173,7 @@ def _stage(owner, module, *inputs):
 def audio_window(frame, spacing, length, count=None):
     """Which of the `count` audio features of a clip frame `frame` hears: dubbing, eval, training.
 
-    Patent: S2(3), frame + spacing * (-length//2 .. length//2).
+    Patent: S2(3), frame + spacing * (-(length//2) .. length//2).
     Shapes: frame int -> int64 [length], or int tensor [T] -> [T, length].
     Choice: before the first and after the last feature, these two repeat; count None: numbers
         below 0 and beyond the clip stay.

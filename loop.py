@@ -111,12 +111,12 @@ def name_features(name, encoder):
 
 
 def prepare_features(run, noisy=False):
-    """A frozen audio encoder hears every clip once (noisy: also a corrupted copy); its features lie
-    beside the clip, float16 [T, D]."""
+    """A frozen audio encoder hears every clip once (noisy: also a corrupted copy of those trained
+    on); its features lie beside the clip, float16 [T, D]."""
     if not run.features_key:
         return
-    copies = (False, True) if noisy else (False,)
-    jobs = [(info.path, noise) for info in run.clips + run.held_out for noise in copies]
+    jobs = [(info.path, False) for info in run.clips + run.held_out]
+    jobs += [(info.path, True) for info in run.clips if noisy]
     jobs = jobs[run.rank::run.world]  # shared out before anyone writes: no clip falls between two
     targets = [sampling.feature_path(path, run.features_key, noise) for path, noise in jobs]
     jobs = [(*job, target) for job, target in zip(jobs, targets) if not target.is_file()]

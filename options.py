@@ -35,12 +35,15 @@ class TrainConfig:
     random_refs: bool = option(False, "references at random, not by the rule (ablation)")
     keep_offsets: bool = option(False, "leave each video's sound where it is")
 
-    preset: str = option("edge", "the network; audio_encoder, decoder empty, refs, spacing 0: its",
+    preset: str = option("edge", "the network, if no --weights bring theirs, and how it is trained",
                          tuple(lipsync.PRESETS))
-    audio_encoder: str = option("", "whisper name or file, wav2vec2:X, hubert:X, scratch")
-    decoder: str = option("", "the decoder of the pictures", ("", "spade", "conv"))
-    refs: int = option(0, "reference pictures R")
-    spacing: int = option(0, "frames between the features of the audio window")
+    audio_encoder: str = option("", "whisper name or file, wav2vec2:X, hubert:X, scratch; empty: "
+                                    "the network's own")
+    decoder: str = option("", "the decoder of the pictures; empty: the network's own",
+                          ("", "spade", "conv"))
+    refs: int = option(0, "reference pictures R; 0: the network's own")
+    spacing: int = option(0, "frames between the features of the audio window; 0: the network's "
+                             "own")
     one_way: bool = option(False, "audio does not look at the image (ablation)")
     no_mask: bool = option(False, "fusion without the upper-half mask (ablation)")
     no_warp: bool = option(False, "the patent's plain network: no lips, no warp")
@@ -71,7 +74,8 @@ class TrainConfig:
     lip_weight: float = option(0.1, "weight of the lip-reading loss")
     perceptual_weight: float = option(0.01, "weight of the perceptual loss, a sum over scales")
     gan_weight: float = option(0.004, "weight of the adversarial loss")
-    sync_start: float = option(0.5, "share of the steps before sync and lip losses enter")
+    sync_start: float = option(0.5, "share of the steps before sync and lip losses enter; till "
+                                    "then a group's frames lie anywhere in the clip")
     gan_start: float = option(0.15, "share of the steps before the adversarial enters")
     gan: str = option("hinge", "form of the adversarial loss", losses.GAN_FORMS)
     vgg: str = option("imagenet", "perceptual features: imagenet, a file, or random")

@@ -1111,6 +1111,12 @@ def test_character_error_rate_counts_edits_per_true_character(read, truth, rate)
     assert lipreader.character_error_rate(read, truth) == pytest.approx(rate)
 
 
+def test_a_true_text_is_compared_with_another_ones_or_with_none():
+    reader, video = lipreader.LipReader().eval(), torch.rand(1, 10, 3, 64, 128)
+    assert set(metrics.measure_reader(reader, video, "yes", [])) == {"cer"}
+    assert set(metrics.measure_reader(reader, video, "yes", ["no"])) == {"cer", "reads"}
+
+
 def test_lip_reader_never_looks_at_the_token_it_must_guess():
     net = lipreader.LipReader("small").eval()
     video, tokens = torch.rand(2, 9, 3, 40, 80), torch.randint(0, 256, (2, 6))
@@ -1196,7 +1202,7 @@ def test_a_checkpoint_gives_all_networks_ready_to_use(content, tmp_path):
     torch.save(content, tmp_path / "w.pt")
     networks = experts.load_networks(tmp_path / "w.pt")
     parts = (networks.net, networks.audio_encoder, networks.sync, networks.reader)
-    assert not any(part.training for part in parts) and networks.config == CONV
+    assert not any(part.training for part in parts) and networks.net.config == CONV
     assert {p.dtype for p in networks.sync.parameters()} == {torch.float32}
     torch.save({**content, "sync": None, "lip": None}, tmp_path / "w.pt")
     networks = experts.load_networks(tmp_path / "w.pt")
@@ -2328,6 +2334,7 @@ def test_a_poor_sync_expert_is_not_used_and_the_run_says_so(trained, prepared, t
     assert "sync off (the expert's held-out accuracy" in result.stdout, (
         result.stdout + result.stderr
     )
+    assert "offsets.json, of stage mouth, is missing: sounds stay" in result.stdout
     assert not next(csv.DictReader(open(tmp_path / "log.csv")))["sync"]
 
 
@@ -2478,8 +2485,9 @@ def test_the_parts_that_are_timed_draw_together_what_the_network_draws(warp):
 def test_a_reference_warped_to_its_own_lips_stays_and_to_another_frames_lips_comes_nearer_it(
         networks, prepared, monkeypatch):
     clip = data.load_clip(data.list_clips(prepared)[0].path)
-    refs, points = sampling.clip_points(clip.landmarks, networks.config)
-    at, features = np.array([refs[-1], refs[0]]), torch.zeros(len(clip), networks.config.audio_dim)
+    refs, points = sampling.clip_points(clip.landmarks, networks.net.config)
+    at = np.array([refs[-1], refs[0]])
+    features = torch.zeros(len(clip), networks.net.config.audio_dim)
     last, first = (clip.frame(i).astype(int)[150:210, 80:176] for i in at)
 
     def warped(lips):
@@ -2501,10 +2509,10 @@ def test_the_strips_rows_are_two_references_the_warped_one_the_output_and_the_tr
     clip = data.load_clip(data.list_clips(prepared)[0].path)
     true = evaluate.clip_frames(clip)
     evaluate.save_strip(tmp_path / "strip.png", networks.net, clip,
-                        torch.zeros(len(clip), networks.config.audio_dim), 255 - true)
+                        torch.zeros(len(clip), networks.net.config.audio_dim), 255 - true)
     sheet = cv2.imread(str(tmp_path / "strip.png"))[..., ::-1]
     closed, last, warped, made, truth_ = (sheet[256 * i:][:256] for i in range(5))
-    refs, _ = sampling.clip_points(clip.landmarks, networks.config)
+    refs, _ = sampling.clip_points(clip.landmarks, networks.net.config)
     assert sheet.shape == (5 * 256, 10 * 256, 3)
     assert (made == 255 - truth_).all()
     assert (truth_[:, -256:] == true[-1]).all()
@@ -2813,6 +2821,9 @@ def test_every_shot_is_tracked_and_cropped_for_itself_and_no_frame_is_kept_back(
             mouths = [points[faces.LIPS_OUTER, :2].mean(0) for points in (found, track.points[t])]
             off = mouths[0] - mouths[1]
             assert np.linalg.norm(off) < 5, (t, off)
+    measured, _ = experts.place_crops(experts.track_face(video))
+    apart = np.abs(measured - track.affines)[..., 2].max(1)  # px, of each frame's crop
+    assert np.median(apart) < 1 and apart.max() < 5
 
 
 def test_shots_of_one_person_share_references_and_another_person_has_his_own(people):
@@ -2825,6 +2836,19 @@ def test_shots_of_one_person_share_references_and_another_person_has_his_own(peo
     apart = [np.abs(person.refs.astype(float).mean(0) - plain.refs.mean(0)).mean()
              for person in (second, first)]
     assert apart[0] < 0.5 * apart[1]              # b's references show b
+
+
+LATE = (
+    "[0:v]scale=480:270,pad=480:360:0:45[x];[x][1:v]hstack,trim=end_frame=20,"
+    "drawbox=480:200:640:60:0x28283c:fill:enable='eq(n,0)'"  # the larger face is not found at first
+)
+
+
+def test_a_face_that_comes_into_view_after_the_first_frame_is_dubbed(people):
+    track = watch.watch(film(people, "late.mp4", LATE, "a", "b"), 1000, None, 3, False)
+    assert track.reasons[0] == "no face" and not any(track.reasons[5:])
+    back = cv2.invertAffineTransform(track.affines[10])
+    assert back[0] @ [128, 128, 1] > 480  # the crop's middle lies in the right picture
 
 
 def test_a_frame_behind_a_cut_is_judged_by_the_tracker_that_is_its_own(monkeypatch):

@@ -50,7 +50,7 @@ LATEST = 6  # frames within which find_offsets looks
 def train_sync(run):
     """S3(1): in sync or not, for S frames and their sound. -> False if stopped early"""
     config = run.config
-    prepare_features(run, noisy=True)
+    prepare_features(run, noisy=run.sync_audio == "features")
     net = experts.SyncXNet(config.expert_size, run.sync_audio, run.net_config.audio_dim,
                            config.expert_weights or None)
     net = begin_expert(run, "sync", net)
@@ -158,7 +158,7 @@ def train_mouth(run):
 
 
 def read_offsets(run):
-    """What the mouth stage found -> {source: frames}; {} with --keep-offsets"""
+    """What the mouth stage found -> {source: frames}; {} before it and with --keep-offsets"""
     return {} if run.config.keep_offsets else data.read_json(run.out / "offsets.json")
 
 
@@ -251,8 +251,9 @@ def train_generator(run):
     parameters = [p for p in net.parameters() if p.requires_grad]
     parameters += encoder.parameters() if learn_sound else []
     optimizer, scheduler = make_adam(parameters, config.lr, config.steps, config.warmup)
+    d_steps = config.steps - math.ceil(config.gan_start * config.steps)  # it learns in these
     d_optimizer, d_scheduler = make_adam(discriminator.parameters(), config.discriminator_lr,
-                                         config.steps, warmup=0, momentum=0.5)
+                                         max(1, d_steps), warmup=0, momentum=0.5)
     parts = dict(net=net, optimizer=optimizer, scheduler=scheduler, discriminator=discriminator,
                  d_optimizer=d_optimizer, d_scheduler=d_scheduler)
     if not encoder.frozen:
@@ -260,11 +261,14 @@ def train_generator(run):
     content = weights_content(run, net, encoder, judges)
     keeper = Keeper(run, "generator", parts, config.steps, config.batch * config.group, content,
                     run.clips)
+    offsets = read_offsets(run)
+    if run.rank == 0 and not offsets and not config.keep_offsets:
+        print(f"{run.out / 'offsets.json'}, of stage mouth, is missing: sounds stay where they are")
     sync_audio = judges.sync.config["audio"] if judges.sync else run.sync_audio
     spread_until = round(config.sync_start * config.steps) * config.batch * run.world
     dataset = sampling.ClipDataset(run.clips, run.net_config, config.group, config.seed,
                                    config.amplitude_share, config.random_refs, run.features_key,
-                                   sync_audio, read_offsets(run), spread_until)
+                                   sync_audio, offsets, spread_until)
     forward = torch.compile(net) if config.compile else net
     micro = config.micro or config.batch
     for step, batch in keeper.steps(make_loader(run, dataset, keeper, config.batch)):
@@ -483,7 +487,7 @@ def weights_content(run, net, encoder, judges):
     if "whisper" in run.net_config.audio_encoder:
         notice = "openai/whisper encoder, MIT licence, Copyright (c) 2022 OpenAI"
     recipe = dataclasses.asdict(run.config)
-    for name in ("data", "out", "weights", "audio_encoder"):  # no path of this machine
+    for name in ("data", "out", "weights", "audio_encoder", "vgg", "expert_weights"):  # paths
         del recipe[name]
     clips = f"{len(run.clips)} training clips, {len(run.held_out)} held out"
     about = dict(recipe=recipe, notice=notice, date=time.strftime("%Y-%m-%d"), data=clips)

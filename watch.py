@@ -112,8 +112,9 @@ def watch_shots(video, limit, face, progress):
             if cut:
                 yield finish_shot(seen, looks, lying, face, frame.shape)
                 seen, looks, lying = [], [], []
-            if len(seen) % FPS == 0 or not looks:
-                looks += [(len(seen), points, small_face(frame, points)) for points in found]
+            for points in found:
+                if len(seen) % FPS == 0 or not faces.is_near(points, seen[-1]):  # comes into view
+                    looks.append((len(seen), points, small_face(frame, points)))
             seen.append(found)
             lying.append(lies)
     yield finish_shot(seen, looks, lying, face, frame.shape)

@@ -220,9 +220,9 @@ def ask_experts(networks, lower, sound, text):
 
 # ---------------------------------------------------------------- of the experts
 @torch.no_grad()
-def measure_experts(networks, clip, text_of_another, rng, late):
+def measure_experts(networks, clip, texts, rng, late):
     """One row: how well the experts judge a real clip; _10db: with white noise 10 dB below the
-    speech; shift: whether a sound moved by `late` frames is found to be."""
+    speech; shift: whether a sound moved by `late` frames is found to be; texts: other clips'."""
     row, sync = {}, networks.sync
     pictures = sampling.lower_halves(clip, range(len(clip)))
     pictures = torch.from_numpy(pictures)  # [T, 3, 64, 128]
@@ -239,7 +239,8 @@ def measure_experts(networks, clip, text_of_another, rng, late):
             row["accuracy_1s" + name] = experts.sync_accuracy(video, audio, second)
         row["shift"] = shift_found(video, audio, late)
     if networks.reader is not None and clip.text:
-        row |= measure_reader(networks.reader, pictures[None] / 255, clip.text, text_of_another)
+        other = [str(rng.choice(texts))] if texts else []
+        row |= measure_reader(networks.reader, pictures[None] / 255, clip.text, other)
     return row
 
 
@@ -251,13 +252,14 @@ def shift_found(video, audio, late):
     return abs(offset - late) <= 1
 
 
-def measure_reader(reader, video, text, text_of_another):
-    """cer: character error rate; reads: whether the true text costs less than another's"""
-    costs = []
-    for some in (text, text_of_another):
+def measure_reader(reader, video, text, other):
+    """cer: character error rate; reads: whether the true text costs less than the one in `other`,
+    a list; left out where that is empty"""
+    row, costs = dict(cer=lipreader.character_error_rate(reader.read(video)[0], text)), []
+    for some in (text, *other):
         tokens = torch.tensor([lipreader.encode_text(some)])
         cost = losses.lip_reading_loss(reader(video, tokens), tokens, lipreader.PAD)
         costs.append(float(cost))
-    read, (cost, cost_of_another) = reader.read(video)[0], costs
-    cer = lipreader.character_error_rate(read, text)
-    return dict(cer=cer, reads=cost < cost_of_another)
+    if other:
+        row["reads"] = costs[0] < costs[1]
+    return row
