@@ -1113,6 +1113,7 @@ def test_character_error_rate_counts_edits_per_true_character(read, truth, rate)
 
 def test_a_true_text_is_compared_with_another_ones_or_with_none():
     reader, video = lipreader.LipReader().eval(), torch.rand(1, 10, 3, 64, 128)
+    reader.requires_grad_(False)
     assert set(metrics.measure_reader(reader, video, "yes", [])) == {"cer"}
     assert set(metrics.measure_reader(reader, video, "yes", ["no"])) == {"cer", "reads"}
 
