@@ -49,8 +49,9 @@ def cli(main):
         sys.stdout.flush()
     except BrokenPipeError:                       # `| head`: what was to be written to files is
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (BadInput, FileNotFoundError, PermissionError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    except (BadInput, OSError) as error:  # no such file, disk full, read-only, name too long
+        named = isinstance(error, OSError) and error.filename is not None
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
         print("error: " + " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -62,6 +63,17 @@ def first_line(error):
     """An exception's first line, or its name where it says nothing"""
     text = str(error) or type(error).__name__
     return text.splitlines()[0][:120]
+
+
+def write_whole(path, content):
+    """str or bytes into a file, through a link: whole or not at all."""
+    path = pathlib.Path(os.path.realpath(path))
+    part = path.with_name(f".{os.getpid()}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- shape checks and their trace
@@ -113,9 +125,9 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()  # "meta" holds no numbers
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(f"--device {name}: {first_line(error)}") from None
 
 

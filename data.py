@@ -34,7 +34,7 @@ from tqdm import tqdm
 import faces
 import media
 from audio import level_sound, log_mel
-from common import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, cli
+from common import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, cli, first_line
 
 
 # ---------------------------------------------------------------- clips (S11)
@@ -118,12 +118,18 @@ def list_clips(data_dir):
     infos = []
     for path in sorted(Path(data_dir, ".clips").glob("*.json")):
         content = read_json(path)
-        if content.get("signature", [None])[0] != LAYOUT:
+        if mark_of(content)[:1] != [LAYOUT] or "clips" not in content:
             continue
         for clip in content["clips"]:
             place = path.with_name(clip["name"])
             infos.append(ClipInfo(place, content["source"], clip["text"], clip["frames"]))
     return infos
+
+
+def mark_of(content):
+    """A manifest's signature, which begins with LAYOUT; [] if it is none of ours"""
+    mark = content.get("signature")
+    return mark if isinstance(mark, list) else []
 
 
 def split_clips(infos, held_out_names=""):
@@ -136,7 +142,12 @@ def split_clips(infos, held_out_names=""):
     sources = {info.source for info in infos}
     chosen = {source for source in sources if is_held_out(source)}
     if patterns:
-        chosen = {source for one in patterns for source in fnmatch.filter(sources, one)}
+        chosen = set()
+        for one in patterns:
+            named = fnmatch.filter(sources, one)
+            if infos and not named:
+                raise BadInput(f"--held-out {one[1:-1]}: no video of that name")
+            chosen.update(named)
     training = [info for info in infos if info.source not in chosen]
     held_out = [info for info in infos if info.source in chosen]
     one_is_empty = not (training and held_out)
@@ -431,7 +442,8 @@ def source_of(video, data_dir):
 def manifest(video, data_dir):
     """Where a video's manifest lies; its clips' names begin like it."""
     digest = media.hash_of(source_of(video, data_dir)) % 16**8
-    return data_dir / ".clips" / f"{video.stem[:60]}-{digest:08x}.json"
+    stem = os.fsdecode(os.fsencode(video.stem[:60])[:150])  # a name has at most 255 bytes
+    return data_dir / ".clips" / f"{stem}-{digest:08x}.json"
 
 
 def signature(video, options):
@@ -453,11 +465,12 @@ def up_to_date(old, new):
 
 
 def read_json(path):
-    """-> what the file holds; {} if it is missing or broken"""
+    """-> the object that the file holds; {} if it is missing or broken"""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def peak_mib():
@@ -475,7 +488,10 @@ def transcriber(model_name):
     names = whisper.available_models()
     if model_name not in names and not os.path.isfile(model_name):
         raise BadInput(f"--transcribe {model_name}: neither a file nor one of {', '.join(names)}")
-    return whisper.load_model(model_name, device="cpu")
+    try:
+        return whisper.load_model(model_name, device="cpu")
+    except Exception as error:  # no network, no model of whisper's, a broken file
+        raise BadInput(f"--transcribe {model_name}: {first_line(error)}") from None
 
 
 def prepare(data_dir, workers=None, shard=(1, 1), face_detector=None, transcribe=None):
@@ -511,7 +527,7 @@ def find_outdated(videos, data_dir, options):
     """The videos that are new, have changed, or want another option or layout"""
     outdated, older = [], 0
     for video in videos:
-        mark = read_json(manifest(video, data_dir)).get("signature", [])
+        mark = mark_of(read_json(manifest(video, data_dir)))
         older += bool(mark) and mark[0] != LAYOUT
         if not up_to_date(mark, signature(video, options)):
             outdated.append(video)
@@ -600,6 +616,10 @@ def main():
     parser.add_argument("--speakers", type=int, default=4, help="demo speakers (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="demo seed (default: 0)")
     args = parser.parse_args()
+    for name, least in (("workers", 1), ("clips", 1), ("speakers", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise BadInput(f"--{name} {value}: must be {least} or more")
     if args.demo:
         from bench import drawn  # what is drawn is not in the patent: a room of its own
         drawn.draw_demo(args.demo, clips=args.clips, speakers=args.speakers, seed=args.seed)

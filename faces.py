@@ -219,6 +219,8 @@ class FaceTracker:
     def detect_small(self, picture):
         """The detector on overlapping parts of the picture, first of 2/3, then of 2/5 its size."""
         H, W = picture.shape[:2]
+        if min(H, W) < 5:  # its parts would be empty
+            return []
         for parts in (2, 4):
             down, across = H // (parts + 1), W // (parts + 1)  # half a part
             found = []
@@ -285,9 +287,10 @@ def agrees(points, detections):
 
 
 def shrink(rgb):
-    """uint8 [H, W, 3] -> the same, contiguous and of at most TRACK_PIXELS."""
+    """uint8 [H, W, 3] -> the same, contiguous, of at most TRACK_PIXELS and no side that MediaPipe
+    cannot count."""
     H, W = rgb.shape[:2]
-    factor = (TRACK_PIXELS / (H * W)) ** 0.5
+    factor = min((TRACK_PIXELS / (H * W)) ** 0.5, 32_000 / max(H, W))
     if factor >= 1:
         return np.ascontiguousarray(rgb)
     return cv2.resize(rgb, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)

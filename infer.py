@@ -148,7 +148,8 @@ def check_outputs(out, compare, refs_sheet, inputs):
             raise BadInput(f"{flag} {path}: its folder does not exist, or is read-only")
         if any(path.exists() and os.path.exists(one) and path.samefile(one) for one in inputs):
             raise BadInput(f"{flag} {path}: is one of the inputs")
-    if compare and compare.resolve() in (out.resolve(), refs_sheet and refs_sheet.resolve()):
+    others = [os.path.realpath(path) for path in (out, refs_sheet) if path]
+    if compare and os.path.realpath(compare) in others:
         raise BadInput(f"--compare {compare}: is another output, too")
 
 
@@ -208,9 +209,9 @@ def dub(video, audio, out, networks=None, amplitude=1.0, face=None, refs_sheet=N
                   kept=sum(frames for frames, _ in reasons.values()))
     report |= measure_sync(seen_crops, wave, features, networks)
     if refs_sheet:
-        save_png(refs_sheet, reference_sheet(track, networks.net))
+        media.save_png(refs_sheet, reference_sheet(track, networks.net))
     if strip:
-        save_png(compare, np.concatenate(strip, 1))
+        media.save_png(compare, np.concatenate(strip, 1))
     elif compare and not movie:
         print(f"{compare}: not written, no mouth was drawn from its first moment on",
               file=sys.stderr)
@@ -274,14 +275,6 @@ def reference_sheet(track, net):
         moved = (moved * 255).round().byte().permute(0, 2, 3, 1)
         rows += [np.hstack(person.refs), np.hstack(moved.numpy())]
     return np.concatenate(rows)
-
-
-def save_png(path, picture):
-    """Through a link, and whole or not at all."""
-    path = Path(os.path.realpath(path))
-    part = path.with_name(f".{os.getpid()}.png")
-    part.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1])
-    os.replace(part, path)
 
 
 def default_name(video):

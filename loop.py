@@ -94,7 +94,8 @@ def network_config(config, start):
         where = f"{config.weights}: " if start else ""
         raise BadInput(where + str(error).split(", got")[0]) from None
     kept = None if config.audio_encoder else start.get("audio_encoder")
-    encoder = build_audio_encoder(net_config, kept)
+    with data.naming(config.weights if kept else "--audio-encoder"):
+        encoder = build_audio_encoder(net_config, kept)
     family, source = parse_audio_encoder(net_config.audio_encoder)
     path = Path(source)  # no path of this machine in the checkpoint
     source = path.stem if path.is_file() else path.name if path.is_dir() else source
@@ -178,10 +179,11 @@ def load_experts(run):
     nets = []
     for name in ("sync", "lip"):
         path, content = run.out / f"{name}.pt", run.start.get(name)
-        if path.is_file():
-            saved = common.load_checkpoint(path, name)
-            content = {"config": saved["config"], "state": saved["state"]["net"]}
-        net = experts.load_expert(content)  # in eval mode: BatchNorm's statistics stay (S3)
+        with data.naming(path if path.is_file() else run.config.weights):
+            if path.is_file():
+                saved = common.load_checkpoint(path, name)
+                content = {"config": saved["config"], "state": saved["state"]["net"]}
+            net = experts.load_expert(content)  # in eval mode: BatchNorm's statistics stay (S3)
         nets.append(net and net.to(run.device).requires_grad_(False))
     config = nets[0].config if nets[0] else {}
     dim = run.net_config.audio_dim
@@ -195,8 +197,9 @@ def load_experts(run):
 def begin_expert(run, name, net):
     """The expert inside --weights where it has the shape of the new one `net`, else that"""
     saved = run.start.get(name)
-    if saved and saved["config"] == net.config:
-        return experts.load_expert(saved)
+    with data.naming(run.config.weights):
+        if saved and saved["config"] == net.config:
+            return experts.load_expert(saved)
     return net
 
 
@@ -307,10 +310,11 @@ class Keeper:
         """Drops the rows that a resumed run will write again."""
         rows = []
         if self.log_path.is_file():
-            with open(self.log_path) as file:
+            with open(self.log_path, errors="replace") as file:
                 rows = list(csv.DictReader(file))
+        rows = [row for row in rows if (row.get("step") or "").isdecimal()]  # a cut one: no more
         rows = [row for row in rows
-                if row["stage"] != self.name or int(row["step"]) <= self.step]
+                if row.get("stage") != self.name or int(row["step"]) <= self.step]
         with open(self.log_path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
             writer.writeheader()

@@ -4,7 +4,7 @@
     ask          | probe, ffmpeg_reader                              | -
     sound        | read_audio                                        | S11: 16 kHz
     pictures     | read_frames, read_picture, frames_at              | S11: 25 fps
-    writing      | VideoWriter                                       | -
+    writing      | VideoWriter, save_png                             | -
     dubbing      | play: forward, backward, forward; ahead: a thread | -
 
 Letters as in common.py. Pictures are uint8 RGB, sound is float32, -1..1.
@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common import FPS, SAMPLE_RATE, BadInput
+from common import FPS, SAMPLE_RATE, BadInput, write_whole
 
 VIDEO_SUFFIXES = set(
     ".3gp .amv .asf .avi .divx .dv .f4v .flv .gif .m1v .m2ts .m2v .m4v .mkv .mov .mp4 "
@@ -238,14 +238,26 @@ def read_picture(path):
         return None
     if b"ANIM" in content[:64].tobytes():
         tqdm.write(f"{path}: animated, only its first picture is used", file=sys.stderr)
-    picture = cv2.imdecode(content, cv2.IMREAD_COLOR)
+    try:
+        picture = cv2.imdecode(content, cv2.IMREAD_COLOR)
+        whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # more pixels than it reads
+        return None
     if picture is None:
         return None
-    whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if whole is not None and whole.ndim == 3 and whole.shape[2] == 4:  # on black
+        as_stored = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if not np.array_equal(as_stored, picture):  # turned, which its alpha is not: ffmpeg's part
+            return None
         alpha = whole[..., 3:] / np.float32(np.iinfo(whole.dtype).max)
         picture = (picture * alpha).round().astype(np.uint8)
     return picture[..., ::-1].copy()  # BGR -> RGB
+
+
+def save_png(path, picture):
+    """uint8 RGB [H, W, 3] into a file, whole or not at all. OpenCV's own writer takes no name that
+    is not UTF-8."""
+    write_whole(path, cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
 
 
 def frames_at(video, numbers):

@@ -2880,6 +2880,76 @@ def test_a_dub_across_cuts_keeps_everything_outside_the_masks_and_draws_one_mout
             assert np.ptp(rows) < 110 and np.ptp(columns) < 130
 
 
+@pytest.mark.parametrize("height, width", ((1, 1), (4, 4), (2, 600), (600, 3), (40, 33_000)))
+def test_a_picture_of_any_form_is_looked_at(height, width):
+    with faces.FaceTracker() as tracker:
+        assert tracker.find(np.zeros((height, width, 3), np.uint8)) == []
+
+
+def test_a_turned_picture_with_transparency_is_read_whole(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    picture = Image.fromarray(np.full((40, 20, 4), 200, np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = 6  # a quarter to the right
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert next(media.read_frames(tmp_path / "turned.png")).shape[2] == 3
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    common.write_whole(tmp_path / "a.json", "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError):
+        common.write_whole(tmp_path / "a.json", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_picture_is_saved_under_a_name_that_is_no_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"q\xff.png")
+    media.save_png(path, np.full((4, 4, 3), (250, 0, 0), np.uint8))
+    assert media.read_picture(path)[0, 0].tolist() == [250, 0, 0]
+
+
+@pytest.mark.parametrize("flag", ("--workers", "--clips", "--speakers", "--seed"))
+def test_a_number_out_of_range_is_refused(flag, tmp_path):
+    result = command("data.py", "--demo", tmp_path, flag, -1)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {flag} -1: must be"), result
+
+
+def test_a_folder_in_a_files_place_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    result = command("data.py", "--demo", tmp_path / "file")
+    assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_held_out_name_that_no_video_has_is_refused():
+    infos = [data.ClipInfo(pathlib.Path("a.npz"), "a.mp4", "", 50)]
+    with pytest.raises(common.BadInput, match="--held-out nobody: no video of that name"):
+        data.split_clips(infos, "a,nobody")
+
+
+def test_foreign_files_beside_the_manifests_are_left_alone(tmp_path):
+    (tmp_path / ".clips").mkdir()
+    for number, text in enumerate(("[]", '{"signature": 5}', '{"signature": []}', "{")):
+        (tmp_path / ".clips" / f"{number}.json").write_text(text)
+    assert data.list_clips(tmp_path) == []
+
+
+def test_a_manifests_name_fits_any_file_system(tmp_path):
+    name = data.manifest(tmp_path / ("\U0001d400" * 60 + ".mp4"), tmp_path).name
+    assert len(os.fsencode(name)) < 180
+
+
+@pytest.mark.parametrize("content", ("[1]", '{"a.mp4": 1.5}', '{"a.mp4": 1'))
+def test_broken_offsets_are_named(content, tmp_path):
+    (tmp_path / "offsets.json").write_text(content)
+    with pytest.raises(common.BadInput, match="offsets.json"):
+        train.read_offsets(bare_run(tmp_path))
+
+
 def test_the_largest_face_that_can_be_dubbed_is_chosen_not_the_largest(people):
     both = (
         "[0:v]trim=0:2,scale=960:540,crop=400:360:280:60,pad=840:360:0:0[x];[1:v]trim=0:2,"

@@ -141,7 +141,7 @@ def train_mouth(run):
             mouth_step(run, net, encoder, parts, samples.batch(step, config.mouth_batch))
         offsets = find_offsets(run, net, encoder, samples)
         if run.rank == 0:
-            path.write_text(json.dumps(offsets, indent=1))
+            common.write_whole(path, json.dumps(offsets, indent=1))
             counts = dict(Counter(offsets.values()))
             print(f"videos whose sound is moved to the lips, by frames: {counts}")
         wait_for_all(run.world)
@@ -159,7 +159,14 @@ def train_mouth(run):
 
 def read_offsets(run):
     """What the mouth stage found -> {source: frames}; {} before it and with --keep-offsets"""
-    return {} if run.config.keep_offsets else data.read_json(run.out / "offsets.json")
+    path = run.out / "offsets.json"
+    if run.config.keep_offsets or not path.is_file():
+        return {}
+    with data.naming(path):
+        offsets = json.loads(path.read_text())
+        if not all(type(late) is int for late in offsets.values()):
+            raise BadInput(f"{path}: must hold whole frames")
+    return offsets
 
 
 def build_mouth(run, steps):
@@ -262,8 +269,9 @@ def train_generator(run):
     keeper = Keeper(run, "generator", parts, config.steps, config.batch * config.group, content,
                     run.clips)
     offsets = read_offsets(run)
-    if run.rank == 0 and not offsets and not config.keep_offsets:
-        print(f"{run.out / 'offsets.json'}, of stage mouth, is missing: sounds stay where they are")
+    path = run.out / "offsets.json"
+    if run.rank == 0 and not path.is_file() and not config.keep_offsets:
+        print(f"{path}, of stage mouth, is missing: sounds stay where they are")
     sync_audio = judges.sync.config["audio"] if judges.sync else run.sync_audio
     spread_until = round(config.sync_start * config.steps) * config.batch * run.world
     dataset = sampling.ClipDataset(run.clips, run.net_config, config.group, config.seed,
@@ -342,7 +350,7 @@ def grade_sync(run, sync):
         clip = data.load_or_skip(info.path)
         if clip is None or len(clip) <= 2 * experts.GROUP:
             continue
-        features = run.features_key and np.load(sampling.feature_path(info.path, run.features_key))
+        features = run.features_key and sampling.load_features(info, run.features_key, 0)
         sound = experts.sync_sound(sync, clip.mel, features)
         pictures = sampling.lower_halves(clip, range(len(clip)))
         grades.append(experts.sync_accuracy(*experts.embed_clip(sync, pictures, sound)))
@@ -375,8 +383,9 @@ def load_mouth(run, net, encoder):
         modules = dict(fusion=net.fusion, lip_head=net.lip_head)
         if not encoder.frozen:
             modules["audio"] = encoder
-        states = [(module, saved["state"].get(name, {})) for name, module in modules.items()]
-        copy_states(path, saved, net, states)
+        with data.naming(path):
+            states = [(module, saved["state"].get(name, {})) for name, module in modules.items()]
+            copy_states(path, saved, net, states)
     elif not run.start:
         raise BadInput(f"{path}: no such file; run --stage mouth first, or give --weights")
     for parameter in [*net.sound_parameters(), *encoder.parameters()]:
@@ -528,7 +537,8 @@ def main():
     done = [stage for stage in asked if is_finished(run, stage)]
     if run.rank == 0:
         if asked:  # and none of them refused: the config of a stopped run stays
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+            content = json.dumps(dataclasses.asdict(config), indent=1)
+            common.write_whole(out / "config.json", content)
         for stage in done:
             print(f"{stage}: done already, {out / stage}.pt; to do it again, delete it")
         print(f"{len(run.clips)} training clips, {len(run.held_out)} held out; {run.device}, "
@@ -545,7 +555,7 @@ def main():
     if config.stage in ("all", "eval") and run.rank == 0:
         weights = config.weights if config.stage == "eval" else out / "weights.pt"
         table = evaluate.evaluate(run, weights)
-        (out / "eval.json").write_text(json.dumps(table, indent=1))
+        common.write_whole(out / "eval.json", json.dumps(table, indent=1))
         evaluate.print_table(table)
         print(json.dumps(table))
 

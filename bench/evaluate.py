@@ -14,7 +14,6 @@ made by lipsync.redraw, as infer.py makes them.
 import collections
 import time
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -23,6 +22,7 @@ import data
 import experts
 import faces
 import lipsync
+import media
 import sampling
 from bench import metrics
 
@@ -101,7 +101,7 @@ def save_strip(png, net, clip, features, made):
         rows.append(warp_reference(net, clip, features, at))
     rows += [made[at], true[at]]
     sheet = np.concatenate([np.concatenate(row, 1) for row in rows])
-    cv2.imwrite(str(png), sheet[..., ::-1])
+    media.save_png(png, sheet)
 
 
 # ---------------------------------------------------------------- the lips alone

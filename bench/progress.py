@@ -8,6 +8,7 @@ import torch
 import common
 import data
 import lipsync
+import media
 import sampling
 
 WIDTH, HEIGHT = 480, 200  # of a panel, px
@@ -36,7 +37,7 @@ def draw_curves(folder):
         pairs = zip(panels[::2], panels[1::2])
         rows = [np.hstack(pair) for pair in pairs]
         png = folder / "curves.png"
-        cv2.imwrite(str(png), np.vstack(rows))
+        media.save_png(png, np.vstack(rows)[..., ::-1])
 
 
 def draw_panel(title, steps, values):
@@ -85,4 +86,4 @@ def save_samples(run, net, encoder, step, rows=6):
     folder = run.out / "samples"
     folder.mkdir(exist_ok=True)
     png, sheet = folder / f"{step:06d}.png", np.concatenate(sheet)
-    cv2.imwrite(str(png), sheet[..., ::-1])
+    media.save_png(png, sheet)
