@@ -55,6 +55,10 @@ class ClipInfo:
     def folder(self):
         return str(Path(self.source).parent)
 
+    def readable(self):
+        """Has it a text, of at most a byte a frame? Nobody says more, nor has CTC room for it."""
+        return 0 < len(self.text.encode()) <= self.frames
+
 
 @dataclass(frozen=True)
 class Clip:

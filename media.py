@@ -75,6 +75,7 @@ class Probe:
     """What ffmpeg says of a file: its first video and its default sound stream."""
     video: str  # ffmpeg's line about it, "" if there is none
     audio: int  # which sound stream, None if there is none
+    placeless: bool  # its channels have a number, but no places (left, right ...)
     alpha_mode: bool  # a VP8 or VP9 whose transparency lies in a layer of its own
     picture: bool  # the file may be a still picture
 
@@ -90,8 +91,9 @@ def probe(path):
     found = re.search(r"^Input #0, ([^ ]+),", text, re.M)
     picture = not found or found[1].endswith("_pipe")
     best = default[0] if default else 0
+    placeless = bool(sounds and re.search(r", \d+ channels", sounds[best]))
     return Probe(video=pictures[0] if pictures else "", audio=best if sounds else None,
-                 alpha_mode="alpha_mode" in text, picture=picture)
+                 placeless=placeless, alpha_mode="alpha_mode" in text, picture=picture)
 
 
 @contextlib.contextmanager
@@ -319,6 +321,8 @@ class VideoWriter:
             return []
         cut = [] if self.seconds is None else ["-t", str(self.seconds)]
         coding = ["-map", "0:v", "-c:a", "aac", "-b:a", "192k", *cut]
+        if not isinstance(self.sound, np.ndarray) and probe(self.sound).placeless:
+            self.sound = read_audio(self.sound)  # ffmpeg does not mix such channels
         if isinstance(self.sound, np.ndarray):
             self.wav = tempfile.NamedTemporaryFile(suffix=".wav")
             with wave_file.open(self.wav, "wb") as out:

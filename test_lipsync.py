@@ -1111,6 +1111,11 @@ def test_character_error_rate_counts_edits_per_true_character(read, truth, rate)
     assert lipreader.character_error_rate(read, truth) == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("text, readable", (("", False), ("a" * 50, True), ("a" * 51, False)))
+def test_a_text_has_at_most_a_byte_a_frame(text, readable):
+    assert data.ClipInfo(pathlib.Path("a.npz"), "a.mp4", text, 50).readable() == readable
+
+
 def test_a_true_text_is_compared_with_another_ones_or_with_none():
     reader, video = lipreader.LipReader().eval(), torch.rand(1, 10, 3, 64, 128)
     reader.requires_grad_(False)
@@ -3099,6 +3104,16 @@ def test_frames_are_written_in_the_matrix_of_the_video_they_come_from(people, tm
             for frame in frames:
                 writer.write(frame)
         assert worst_difference(frames_of(written), frames) < 0.7
+
+
+@pytest.mark.parametrize("channels", (2, 3, 9, 32))
+def test_a_sound_of_any_number_of_channels_is_written(channels, tmp_path):
+    tone = np.sin(np.arange(8000) * 0.2) * 0.3
+    soundfile.write(tmp_path / "n.wav", np.repeat(tone[:, None], channels, 1), 16000)
+    with media.VideoWriter(tmp_path / "n.mp4", tmp_path / "n.wav", seconds=0.4) as writer:
+        for _ in range(10):
+            writer.write(np.zeros((64, 64, 3), np.uint8))
+    assert np.abs(media.read_audio(tmp_path / "n.mp4")).max() > 0.1
 
 
 def test_transparent_places_are_black_whatever_lies_under_them(people, tmp_path):

@@ -93,7 +93,10 @@ def all_negatives(batch):
 def train_lip(run):
     """S3(2): the text of a whole clip from its lower halves. -> False if stopped early"""
     config = run.config
-    infos = [info for info in run.clips if info.text]
+    infos = [info for info in run.clips if info.readable()]
+    too_long = sum(bool(info.text) for info in run.clips) - len(infos)
+    if too_long and run.rank == 0:
+        print(f"lip: {too_long} clips left out, whose text is too long for their frames")
     if not infos:
         if run.rank == 0:
             print("lip: skipped, no clip has a text")
@@ -475,7 +478,7 @@ def lip_term(run, reader, groups, batch):
     brightness, the generated ones are mirrored back; the bend stays: the reader is used to jitter.
     groups [B, S, 3, H/2, W] lower halves -> scalar, or None: no such group."""
     infos = [run.clips[int(number)] for number in batch["clip"]]
-    usable = [b for b, info in enumerate(infos) if batch["in_sync"][b] and info.text]
+    usable = [b for b, info in enumerate(infos) if batch["in_sync"][b] and info.readable()]
     if not usable:
         return None
     b = usable[0]

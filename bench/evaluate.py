@@ -188,7 +188,7 @@ def evaluate(run, weights):
     At most eval_clips of each folder."""
     networks = experts.load_networks(weights, "cpu")
     collected, rng = {}, np.random.default_rng(0)
-    texts = {info.text for info in run.held_out} - {""}
+    texts = {info.text for info in run.held_out if info.readable()}
     chosen = choose_clips(run.held_out, run.config.eval_clips)
     with faces.FaceTracker() as tracker:
         for info in tqdm(chosen, desc="eval", unit="clip"):
@@ -200,7 +200,7 @@ def evaluate(run, weights):
             late = int(rng.integers(-7, 8))
             for name, row in clip_rows(networks, clip, tracker, strip, late):
                 rows.setdefault(name, []).append(row)
-            others = sorted(texts - {clip.text})
+            others = sorted(texts - {clip.text}) if info.readable() else []
             row = metrics.measure_experts(networks, clip, others, rng, late)
             rows.setdefault("experts", []).append(row)
     table = {}
