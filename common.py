@@ -15,10 +15,15 @@ Stage mouth teaches where lips lie (LipHead); stage lip the lip reader, which re
 """
 import contextlib
 import contextvars
+import multiprocessing
 import os
 import pathlib
+import signal
 import sys
+import zlib
+from concurrent.futures import ProcessPoolExecutor
 
+import cv2
 import torch
 
 SAMPLE_RATE = 16_000                              # Hz, S11
@@ -34,7 +39,7 @@ class BadInput(ValueError):
 
 
 def cli(main):
-    """Run `main()`; bad input becomes one line on stderr and exit 2, Ctrl-C exit 130.
+    """Run `main()`; bad input becomes one line on stderr and exit 2, Ctrl-C and SIGTERM exit 130.
 
     Names that a terminal cannot print are escaped; a closed stdout or stderr stops nothing."""
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:      # closed streams: fill 0, 1 and 2
@@ -44,6 +49,7 @@ def cli(main):
     sys.stderr = sys.stderr or open(2, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill also cleans up
     try:
         main()
         sys.stdout.flush()
@@ -65,10 +71,59 @@ def first_line(error):
     return text.splitlines()[0][:120]
 
 
+class WorkerPool(ProcessPoolExecutor):
+    """Processes of one thread each. Ctrl-C, SIGTERM or an error inside `with` ends them at once, but
+    for their cleaning up; what they had not begun is left undone."""
+
+    def __init__(self, count):
+        super().__init__(count, multiprocessing.get_context("spawn"), begin_worker)
+
+    def submit(self, job, /, *args, **kwargs):
+        return super().submit(run_job, job, *args, **kwargs)
+
+    def __exit__(self, kind, error, trace):
+        self.shutdown(wait=kind is None, cancel_futures=True)
+        for attempt in range(20):
+            processes = multiprocessing.active_children() if kind else []
+            for process in processes:
+                process.terminate() if attempt < 19 else process.kill()
+            for process in processes:
+                process.join(1)
+
+
+_worker = dict(busy=False, leaving=False)  # of this process
+
+
+def begin_worker():
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, leave_worker)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def leave_worker(*_):
+    """A job is ended by the first SIGTERM and cleans up undisturbed; an idle worker by any."""
+    cleaning_up = _worker["busy"] and _worker["leaving"]
+    _worker["leaving"] = True
+    if not cleaning_up:
+        sys.exit(130)
+
+
+def run_job(job, *args, **kwargs):
+    if _worker["leaving"]:
+        sys.exit(130)
+    _worker["busy"] = True
+    try:
+        return job(*args, **kwargs)
+    finally:
+        _worker["busy"] = False
+
+
 def write_whole(path, content):
     """str or bytes into a file, through a link: whole or not at all."""
     path = pathlib.Path(os.path.realpath(path))
-    part = path.with_name(f".{os.getpid()}.part")
+    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):x}.{os.getpid()}.part")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)

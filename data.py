@@ -15,26 +15,24 @@ import contextlib
 import fnmatch
 import json
 import math
-import multiprocessing
 import os
 import re
 import time
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import faces
 import media
 from audio import level_sound, log_mel
-from common import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, cli, first_line
+from common import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, BadInput, WorkerPool, cli, first_line
 
 
 # ---------------------------------------------------------------- clips (S11)
@@ -393,8 +391,6 @@ def prepare_video(video, data_dir, face_detector=None, transcribe=None):
 
     face_detector: path of a yolov8-face model; transcribe: whisper model that writes down what a
     clip without text says. Memory does not grow with the video's length, but for its sound."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
     path, clips, refused = manifest(video, data_dir), [], Counter()
     content = {"source": source_of(video, data_dir), "clips": clips, "refused": refused,
                "signature": signature(video, (face_detector, transcribe))}
@@ -544,8 +540,7 @@ def prepare_videos(videos, data_dir, workers, options):
     """prepare_video in processes of their own -> (clips made, peak MiB of the largest process)"""
     clips, peak, began = 0, 0, time.monotonic()
     count = min(workers or os.cpu_count(), max(1, len(videos)))
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
-    try:
+    with WorkerPool(count) as pool:
         jobs = [pool.submit(prepare_video, video, data_dir, *options) for video in videos]
         bar = tqdm(as_completed(jobs), total=len(jobs), unit="video", disable=not jobs)
         for job in bar:
@@ -553,8 +548,6 @@ def prepare_videos(videos, data_dir, workers, options):
             clips, peak = clips + made, max(peak, mib)
             speed = clips / (time.monotonic() - began)
             bar.set_postfix_str(f"{clips} clips, {speed:.1f} clips/s", refresh=False)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     return clips, peak
 
 

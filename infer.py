@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import itertools
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -303,7 +302,6 @@ def main():
     parser.add_argument("--demo", action="store_true",
                         help="draw a speaker, take another speaker's sound, and dub")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill also cleans up
     with tempfile.TemporaryDirectory() as folder:
         if args.demo:
             from bench import drawn  # what is drawn is not in the patent: a room of its own

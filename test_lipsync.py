@@ -2917,6 +2917,27 @@ def test_a_picture_is_saved_under_a_name_that_is_no_utf8(tmp_path):
     assert media.read_picture(path)[0, 0].tolist() == [250, 0, 0]
 
 
+def test_a_polite_kill_ends_the_workers_too_and_leaves_nothing_half_written(tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "data.py", "--demo", tmp_path, "--clips",
+                                "20", "--speakers", "20"], stderr=subprocess.PIPE, text=True)
+    for _ in range(4800):
+        if list(tmp_path.glob(".*.mp4")):         # a worker is drawing
+            break
+        time.sleep(0.05)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
+                              text=True).stdout.split()
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.endswith("stopped\n"), errors
+    assert "Traceback" not in errors and not list(tmp_path.glob(".*"))
+    for _ in range(100):                          # its resource tracker ends after it
+        alive = [child for child in children if os.path.exists(f"/proc/{child}")]
+        if not alive:
+            break
+        time.sleep(0.05)
+    assert children and not alive
+
+
 @pytest.mark.parametrize("flag", ("--workers", "--clips", "--speakers", "--seed"))
 def test_a_number_out_of_range_is_refused(flag, tmp_path):
     result = command("data.py", "--demo", tmp_path, flag, -1)

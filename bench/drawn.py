@@ -8,9 +8,7 @@
 `python data.py --demo DIR` draws a corpus, `python infer.py --demo` two speakers, and dubs one with
 the other's sound.
 """
-import multiprocessing
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 import media
 from bench import voice
-from common import FPS
+from common import FPS, WorkerPool
 
 # ---------------------------------------------------------------- who speaks
 # Lengths are in half face widths ("units"): u to the right, v down, (0, 0) on the nose bridge.
@@ -376,7 +374,7 @@ def draw_clip(path, speaker, seed, seconds=5.0):
                header="frame,opening,width,rounding")
 
 
-def draw_demo(out_dir, clips=20, speakers=4, seed=0, workers=None, seconds=5.0):
+def draw_demo(out_dir, clips=20, speakers=4, seed=0):
     """Draws clips of `speakers` people, speaker by speaker, on all cores. -> list of paths"""
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     takes = -(-clips // speakers)  # clips of each speaker, rounded up
@@ -384,8 +382,7 @@ def draw_demo(out_dir, clips=20, speakers=4, seed=0, workers=None, seconds=5.0):
     paths = [Path(out_dir, f"speaker{who:03d}_{take:03d}.mp4") for who, take in numbers]
     people = [Speaker.draw([seed, 0, who]) for who, _ in numbers]
     seeds = [[seed, 1, who, take] for who, take in numbers]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        drawn = pool.map(draw_clip, paths, people, seeds, [seconds] * clips)
+    with WorkerPool(None) as pool:
+        drawn = pool.map(draw_clip, paths, people, seeds)
         list(tqdm(drawn, total=clips, unit="clip", desc="draw"))
     return paths
