@@ -1,4 +1,4 @@
-"""What all files share: numbers, bad input, shape checks, devices, checkpoints.
+"""What all files share: numbers, bad input, processes, shape checks, devices, checkpoints.
 
 Letters of shapes, one meaning each in all code; any other axis is a word:
     B batch                   S frames of a group (5)      T frames of a clip or video
@@ -71,9 +71,10 @@ def first_line(error):
     return text.splitlines()[0][:120]
 
 
+# ---------------------------------------------------------------- processes and files
 class WorkerPool(ProcessPoolExecutor):
-    """Processes of one thread each. Ctrl-C, SIGTERM or an error inside `with` ends them at once, but
-    for their cleaning up; what they had not begun is left undone."""
+    """Processes of one thread each. Ctrl-C, SIGTERM or an error inside `with` ends them at once,
+    but for cleaning up; what they had not begun is left undone."""
 
     def __init__(self, count):
         super().__init__(count, multiprocessing.get_context("spawn"), begin_worker)
