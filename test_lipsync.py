@@ -2852,7 +2852,8 @@ LATE = (
 
 def test_a_face_that_comes_into_view_after_the_first_frame_is_dubbed(people):
     track = watch.watch(film(people, "late.mp4", LATE, "a", "b"), 1000, None, 3, False)
-    assert track.reasons[0] == "no face" and not any(track.reasons[5:])
+    # of the two trackers, one saw the small face alone and searches again only later
+    assert track.dubbed[3::2].all() and set(track.reasons) == {"", "no face"}
     back = cv2.invertAffineTransform(track.affines[10])
     assert back[0] @ [128, 128, 1] > 480  # the crop's middle lies in the right picture
 
