@@ -83,11 +83,14 @@ class WorkerPool(ProcessPoolExecutor):
         return super().submit(run_job, job, *args, **kwargs)
 
     def __exit__(self, kind, error, trace):
-        self.shutdown(wait=kind is None, cancel_futures=True)
-        for attempt in range(20):
-            processes = multiprocessing.active_children() if kind else []
+        if kind is None:
+            return super().__exit__(kind, error, trace)
+        self.shutdown(wait=False, cancel_futures=True)
+        for attempt in range(20):  # one that does not heed it is killed at last
+            processes = multiprocessing.active_children()
             for process in processes:
-                process.terminate() if attempt < 19 else process.kill()
+                stop = process.terminate if attempt < 19 else process.kill
+                stop()
             for process in processes:
                 process.join(1)
 

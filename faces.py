@@ -359,8 +359,9 @@ def find_trails(seen):
         for points in sorted(faces, key=face_size, reverse=True):
             free = [trail for trail in trails if trail[-1][0] < t]
             last = [last_points(trail) for trail in free]
-            if is_near(points, last):
-                trail = free[int(np.argmin([distance(there, points) for there in last]))]
+            number = nearest(points, last)
+            if number is not None:
+                trail = free[number]
             else:
                 trails.append(trail := [])
             trail.append((t, points))
@@ -369,10 +370,10 @@ def find_trails(seen):
     return sorted(trails, key=mean_x)
 
 
-def is_near(points, others):
-    """Can this face [K, 3] be one of the others, a frame later?"""
+def nearest(points, others):
+    """Which of the other faces this one [K, 3] can be, a frame later -> its number, or None"""
     steps = [distance(other, points) for other in others]
-    return min(steps, default=np.inf) <= 0.6 * face_size(points)
+    return int(np.argmin(steps)) if min(steps, default=np.inf) <= 0.6 * face_size(points) else None
 
 
 def last_points(trail):

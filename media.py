@@ -321,7 +321,8 @@ class VideoWriter:
             return []
         cut = [] if self.seconds is None else ["-t", str(self.seconds)]
         coding = ["-map", "0:v", "-c:a", "aac", "-b:a", "192k", *cut]
-        if not isinstance(self.sound, np.ndarray) and probe(self.sound).placeless:
+        heard = None if isinstance(self.sound, np.ndarray) else probe(self.sound)
+        if heard and heard.placeless:
             self.sound = read_audio(self.sound)  # ffmpeg does not mix such channels
         if isinstance(self.sound, np.ndarray):
             self.wav = tempfile.NamedTemporaryFile(suffix=".wav")
@@ -330,7 +331,7 @@ class VideoWriter:
                 out.writeframes(to_int16(self.sound).tobytes())
             self.wav.flush()
             return ["-f", "wav", "-i", f"file:{self.wav.name}", *coding, "-map", "1:a"]
-        track = probe(self.sound).audio or 0
+        track = heard.audio or 0
         finite = "aeval='if(isnan(val(ch))+isinf(val(ch)),0,val(ch))':c=same"
         clock = "aresample=async=1:first_pts=0:osf=fltp:clev=1"  # a centre voice stays as loud
         rates = "48000|44100|32000|24000|22050|16000|12000|11025|8000"

@@ -113,7 +113,8 @@ def watch_shots(video, limit, face, progress):
                 yield finish_shot(seen, looks, lying, face, frame.shape)
                 seen, looks, lying = [], [], []
             for points in found:
-                if len(seen) % FPS == 0 or not faces.is_near(points, seen[-1]):  # comes into view
+                comes = bool(seen) and faces.nearest(points, seen[-1]) is None  # into view
+                if comes or len(seen) % FPS == 0:
                     looks.append((len(seen), points, small_face(frame, points)))
             seen.append(found)
             lying.append(lies)

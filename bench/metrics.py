@@ -255,11 +255,12 @@ def shift_found(video, audio, late):
 def measure_reader(reader, video, text, other):
     """cer: character error rate; reads: whether the true text costs less than the one in `other`,
     a list; left out where that is empty"""
-    row, costs = dict(cer=lipreader.character_error_rate(reader.read(video)[0], text)), []
-    for some in [text, *other] if other else []:
-        tokens = torch.tensor([lipreader.encode_text(some)])
-        cost = losses.lip_reading_loss(reader(video, tokens), tokens, lipreader.PAD)
-        costs.append(float(cost))
-    if costs:
+    row = dict(cer=lipreader.character_error_rate(reader.read(video)[0], text))
+    if other:
+        costs = []
+        for some in (text, *other):
+            tokens = torch.tensor([lipreader.encode_text(some)])
+            cost = losses.lip_reading_loss(reader(video, tokens), tokens, lipreader.PAD)
+            costs.append(float(cost))
         row["reads"] = costs[0] < costs[1]
     return row
